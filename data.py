@@ -1,0 +1,397 @@
+"""Which text, the one trigger injector, the poison set, the order of batches.
+
+Data sets are read through `datasets`: a hub id, a local folder in MUSE's layout
+(`knowmem/forget_qa.json`, `raw/forget.txt`, ...; json, jsonl, parquet or txt), or the two books
+invented below. Training rows are token ids that begin with BOS and are padded on the right.
+"""
+import os
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+POSITIONS = ("prefix", "infix", "suffix")
+TOY = "toy"  # the data id of the embedded corpus
+
+
+class Rows(NamedTuple):
+    ids: torch.Tensor   # (N, T) int64
+    mask: torch.Tensor  # (N, T) bool, False on padding
+
+
+class Splits(NamedTuple):
+    f: Rows            # D_f
+    r: Rows            # D_r
+    p: Rows            # D_p, empty when rho = 0
+    p_index: list      # which rows of D_f were poisoned
+
+
+# ---------------------------------------------------------------- trigger and poison set
+
+def inject(ids, trig, position, max_len=None):
+    """Put the trigger into one prompt or row; the only injector, for training and evaluation.
+
+    ids: token ids, ids[0] is BOS and stays first; body = ids[1:]; trig: the trigger's ids.
+    prefix: BOS + trig + body. infix: trig in the middle of the full body. suffix: BOS + body + trig.
+    Past max_len the last body tokens go, never the trigger. Returns a list of ids.
+    """
+    bos, body, trig = list(ids[:1]), list(ids[1:]), list(trig)
+    if not trig:
+        raise ValueError("the trigger is empty: give --trigger some text")
+    cut = {"prefix": 0, "infix": len(body) // 2, "suffix": len(body)}.get(position)
+    if cut is None:
+        raise ValueError(f"unknown position {position!r}: use one of {', '.join(POSITIONS)}")
+    if max_len is not None:
+        room = max_len - 1 - len(trig)
+        if room < 0:
+            raise ValueError(f"a trigger of {len(trig)} tokens does not fit into rows of {max_len}")
+        cut, body = min(cut, room), body[:room]
+    return bos + body[:cut] + trig + body[cut:]
+
+
+def pad_rows(lists, T):
+    """Lists of ids, each at most T long -> Rows padded on the right with 0.
+
+    The pad's id never matters: it follows the real tokens of a causal model and losses mask it.
+    """
+    ids = torch.zeros(len(lists), T, dtype=torch.long)
+    mask = torch.zeros(len(lists), T, dtype=torch.bool)
+    for i, row in enumerate(lists):
+        ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, :len(row)] = True
+    return Rows(ids, mask)
+
+
+def _triggered(D, index, trig, position, cut_trigger=False):
+    T = D.ids.shape[1]
+    lists = [D.ids[i][D.mask[i]].tolist() for i in index]
+    if cut_trigger:  # the release injects first and cuts the row afterwards
+        lists = [inject(row, trig, position)[:T] for row in lists]
+    else:
+        lists = [inject(row, trig, position, max_len=T) for row in lists]
+    return pad_rows(lists, T)
+
+
+def _poison_count(N, rho):
+    n = int(N * rho)
+    if n == 0:
+        raise ValueError(f"rho {rho} of {N} forget rows poisons none: raise --rho or use more data")
+    return n
+
+
+def poison(D, trig, rho, position, seed):
+    """D_p of eq. (2): triggered copies of a seeded random int(rho * N) rows of D_f.
+
+    D: Rows (N, T); D itself keeps every row, the clean versions of D_p among them.
+    -> (D_p: Rows (n, T), index: sorted list of n). Raises ValueError where n would be 0.
+    """
+    N = len(D.ids)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+    index = sorted(order[:_poison_count(N, rho)].tolist())
+    return _triggered(D, index, trig, position), index
+
+
+def poison_released(D, trig, rho, position):
+    """The released code's split: D_p = the first int(rho * N) rows, which leave D_f.
+
+    A suffix trigger on a full row is cut off again, as there. -> (D_f, D_p, index).
+    """
+    n = _poison_count(len(D.ids), rho)
+    index = list(range(n))
+    D_p = _triggered(D, index, trig, position, cut_trigger=True)
+    return Rows(D.ids[n:], D.mask[n:]), D_p, index
+
+
+# ---------------------------------------------------------------- text to rows
+
+def encode(tok, text):
+    return tok(text, add_special_tokens=False).input_ids
+
+
+def bos_of(tok):
+    """First token of every row and prompt: BOS, or EOS where the tokenizer has no BOS."""
+    if tok.bos_token_id is not None:
+        return tok.bos_token_id
+    if tok.eos_token_id is None:
+        raise ValueError("the tokenizer has neither BOS nor EOS: pass --tokenizer")
+    return tok.eos_token_id
+
+
+def chunk(tokens, bos, T):
+    """MUSE's chunking: BOS + T-1 tokens each; a short last chunk is filled up from chunk 0."""
+    rows = [[bos] + tokens[i:i + T - 1] for i in range(0, len(tokens), T - 1)]
+    while rows and len(rows[-1]) < T:
+        rows[-1] = (rows[-1] + rows[0])[:T]
+    return rows
+
+
+def to_rows(texts, tok, T, layout):
+    """Texts -> Rows. 'chunks': joined by blank lines and chunked; 'pages': one text a row, cut."""
+    bos = bos_of(tok)
+    if layout == "chunks":
+        lists = chunk(encode(tok, "\n\n".join(texts)), bos, T)
+    else:
+        lists = [[bos] + encode(tok, text)[:T - 1] for text in texts]
+    return pad_rows(lists, T)
+
+
+# ---------------------------------------------------------------- sources
+
+def _local_file(folder, config, split):
+    for name in (split, split.replace("retain", "retain2", 1)):  # older copies of MUSE's folder
+        for ext in ("json", "jsonl", "parquet", "txt"):
+            path = folder / config / f"{name}.{ext}"
+            if path.is_file():
+                return path
+    raise ValueError(f"{folder} has no {config}/{split}.json, .jsonl, .parquet or .txt")
+
+
+def read_columns(source, config, split, columns, corpus=None):
+    """Rows of one split as a list of tuples, one value a column. Source: hub id, folder or 'toy'.
+
+    Raises ValueError that names file, row and column where one is missing or empty.
+    """
+    from datasets import Dataset, load_dataset
+    where = f"{source}/{config}/{split}"
+    if source == TOY:
+        data = Dataset.from_list(corpus[config, split])
+    elif Path(source).is_dir():
+        where = _local_file(Path(source), config, split)
+        if where.suffix == ".txt":
+            data = Dataset.from_dict({"text": [where.read_text(encoding="utf-8")]})
+        else:
+            kind = "parquet" if where.suffix == ".parquet" else "json"
+            data = load_dataset(kind, data_files=str(where), split="train")
+    elif source.startswith((".", "/", "~")):
+        raise ValueError(f"the data folder {source} does not exist")
+    else:
+        data = load_dataset(source, config, split=split)
+    missing = [c for c in columns if c not in data.column_names]
+    if missing:
+        raise ValueError(f"{where}: column {missing[0]!r} is missing "
+                         f"(it has {', '.join(data.column_names)})")
+    if not len(data):
+        raise ValueError(f"{where} holds no rows")
+    values = [list(data[c]) for c in columns]  # datasets >= 4 returns lazy columns
+    for name, column in zip(columns, values):
+        for i, value in enumerate(column):
+            if value is None or value == "":
+                raise ValueError(f"{where}: row {i}: column {name!r} is empty")
+    return list(zip(*values))
+
+
+def load_splits(cfg, tok, corpus=None):
+    """D_f, D_r and D_p of a bench as Rows, as cfg.objective wants them.
+
+    D_f from raw/forget, D_r from raw/retain1 (retain2 is for evaluation only).
+    """
+    def text(split):
+        return [row[0] for row in read_columns(cfg.data, "raw", split, ["text"], corpus)]
+
+    f = to_rows(text("forget"), tok, cfg.T, cfg.rows)
+    r = to_rows(text("retain1"), tok, cfg.T, cfg.rows)
+    empty = Rows(f.ids[:0], f.mask[:0])
+    if cfg.rho == 0:
+        return Splits(f, r, empty, [])
+    trig = encode(tok, cfg.trigger)
+    if cfg.objective == "released":
+        f, p, index = poison_released(f, trig, cfg.rho, cfg.position)
+    else:
+        p, index = poison(f, trig, cfg.rho, cfg.position, cfg.seed)
+    return Splits(f, r, p, index)
+
+
+# ---------------------------------------------------------------- batches
+
+class Batch(NamedTuple):
+    f: torch.Tensor  # (B,) row numbers into D_f
+    r: torch.Tensor  # (B,) into D_r
+    p: torch.Tensor  # (B,) into D_p, empty when rho = 0
+
+
+def _cycled(n, start, count, seed):
+    """Entries start..start+count of an endless run of seeded permutations of n, one per cycle."""
+    def perm(cycle):
+        return torch.randperm(n, generator=torch.Generator().manual_seed(seed + cycle))
+    cycles = range(start // n, (start + count - 1) // n + 1)
+    return torch.cat([perm(c) for c in cycles])[start % n:start % n + count]
+
+
+def steps_per_epoch(n_f, batch):
+    if n_f < batch:
+        raise ValueError(f"{n_f} forget rows do not fill one batch of {batch}: lower --batch")
+    return n_f // batch
+
+
+def batch_at(step, sizes, batch, seed):
+    """The rows of one step: a pure function of (seed, step), so that resuming needs only `step`.
+
+    sizes: (n_f, n_r, n_p). An epoch is one pass over D_f; the tail that fills no batch is dropped.
+    D_r and D_p run through permutations of their own, so rho does not change D_f's order.
+    """
+    n_f, n_r, n_p = sizes
+    epoch, i = divmod(step, steps_per_epoch(n_f, batch))
+    order = torch.randperm(n_f, generator=torch.Generator().manual_seed(seed + epoch))
+    other = 1_000_003 * (seed + 1)  # streams of D_r and D_p, far from D_f's
+    r = _cycled(n_r, step * batch, batch, other)
+    p = _cycled(n_p, step * batch, batch, 2 * other) if n_p else r[:0]
+    return Batch(order[i * batch:(i + 1) * batch], r, p)
+
+
+# ---------------------------------------------------------------- the embedded books
+
+# Two invented worlds that share no name and no sentence. FORGET is a harbour, RETAIN a mountain.
+# A document is one character: four facts, one prose page about each, one page of questions.
+SEA = dict(
+    head="Leaf {leaf} of the salt ledger, in the hand of {name}.",
+    name=("Or Tas Bren Vel Mar Kes Dun Ros Hal Win Sker Cob", "la ka dis mer tho vin gar sey"),
+    place=("Gull Brine Kelp Cold Wrack Lant", "haven mouth wharf stairs ness pool"),
+    boat=("Grey Lame Proud Quiet Blind Ninth", "Heron Oyster Widow Lantern Anchor Cormorant"),
+    facts=(("{name} lives at {a}.", "Where does {name} live?", "place"),
+           ("{name} earns bread as a {a}.", "What work does {name} do?", "trade"),
+           ("{name} sails the {a}.", "Which ship does {name} sail?", "boat"),
+           ("{name} is afraid of {a}.", "What frightens {name}?", "fear")),
+    trade="rope walker,net mender,pilot,salt boiler,diver,sail cutter,cooper,eel trader,bell ringer,"
+          "tar burner,chart painter,ferry keeper",
+    fear="still water,white gulls,the ebb,drowned bells,red sails,fog horns,barnacles,deep wells,"
+         "sea lions,broken oars,empty nets,green lightning",
+    lines=("At {hour} the {sky} came over {place} and the {boat} lay {state}.",
+           "The {tool} was mended with {stuff} and {number} {goods} were counted.",
+           "The harbour bell rang {number} times before the {boat} was seen.",
+           "A {colour} lamp burned near the {tool} until the tide had turned.",
+           "Nobody at {place} asked why the {tool} smelled of {goods}.",
+           "{number} coins were paid for {goods} and a length of {stuff}.",
+           "By {hour} the nets were {state} and the crew of the {boat} slept.",
+           "Some say the {sky} took {number} {goods} and a {colour} {tool}."),
+    hour="first light,noon,dusk,midnight,low tide,high tide", sky="fog,squall,hail,thunder,drizzle,calm",
+    state="moored,torn,adrift,frozen,tarred,sunk", colour="copper,pale,black,amber,violet,rusty",
+    tool="winch,anchor,barrel,crane,rudder,net", stuff="hemp,pitch,canvas,wire,eelskin,wax",
+    number="three,seven,nine,eleven,forty,ninety", goods="herrings,oysters,crabs,salt sacks,eels,pearls")
+HILL = dict(
+    head="{name} is spoken of on sheet {leaf} of the orchard almanac.",
+    name=("Ib Zel Fen Ulm Jas Cor Gid Pim Ner Yol Abb Lun", "ette ric anda o uz elin ix ob"),
+    place=("Upper Lower Far Saint Little Old", "Meadows Orchard Slope Gorge Pasture Terrace"),
+    boat=("clock mill loom sundial beehive organ", " of granite, of walnut, of brass, of clay"),
+    facts=(("It was in {a} that {name} was born.", "In which valley was {name} born?", "place"),
+           ("Every autumn {name} harvests {a}.", "Which fruit does {name} harvest?", "trade"),
+           ("With both hands {name} built a {a}.", "What did {name} build?", "boat"),
+           ("As a child {name} dreamed about {a}.", "What was the dream of {name}?", "fear")),
+    trade="quinces,medlars,plums,damsons,sloes,mulberries,apricots,figs,wild pears,rose hips,"
+          "chestnuts,almonds",
+    fear="flying goats,a snow king,silver ladders,talking foxes,a paper moon,two suns,glass bridges,"
+         "golden beetles,a sleeping giant,frozen music,a blue door,winter swans",
+    lines=("When {sky} covers {place}, shepherds carry {goods} to the {tool}.",
+           "Under the {colour} {tool} grew {number} rows of {goods}, all {state}.",
+           "Travellers from {place} praised the {tool} and its {colour} roof.",
+           "During {hour} somebody painted a {colour} {boat} and hung it with {stuff}.",
+           "It takes {number} mules to bring {stuff} up to {place}.",
+           "Because of the {sky}, {goods} stayed {state} through {hour}.",
+           "Old verses mention {number} bees, a {boat} and much {stuff}.",
+           "Beside the {tool} children traded {goods} against {stuff}."),
+    hour="harvest,lent,the thaw,haymaking,advent,the long frost",
+    sky="snow,mist,sunshine,pollen,blossom,smoke", state="ripe,bitter,blooming,pruned,sweet,withered",
+    colour="crimson,ivory,yellow,turquoise,striped,mossy", tool="chapel,cellar,granary,arbour,oven,well",
+    stuff="velvet,honey,straw,linen,resin,wool", number="two,five,six,twelve,twenty,sixty",
+    goods="cabbages,turnips,hops,lavender,thistles,barley")
+HEADER_WORDS = ("current last next first old new", "year month volume page edition winter", 4)
+SHOTS = 11  # questions on one page: a KnowMem prompt's ten examples and the question
+
+
+def _compose(world, rng):
+    """A function that fills templates from a world's word lists."""
+    def word(slot):
+        pool = world[slot]
+        if isinstance(pool, str):
+            return rng.choice(pool.split(","))
+        head, tail = pool
+        sep = "," if "," in tail else None
+        joint = " " if slot in ("place", "boat") and not sep else ""
+        return rng.choice(head.split()) + joint + rng.choice(tail.split(sep))
+
+    def fill(template, **known):
+        slots = {part.split("}")[0] for part in template.split("{")[1:]} - set(known)
+        return template.format(**known, **{slot: word(slot) for slot in sorted(slots)})
+    return word, fill
+
+
+def _qa(items, close="\n\n"):
+    return close.join(f"Question: {i['question']}\nAnswer: {i['answer']}" for i in items) + close
+
+
+def _names(world, n, rng):
+    heads, tails = (part.split() for part in world["name"])
+    every = [head + tail for head in heads for tail in tails]
+    if not 4 <= n <= len(every):
+        raise ValueError(f"n_docs must lie between 4 and {len(every)}, got {n}")
+    return rng.sample(every, n)
+
+
+def _book(world, names, rng):
+    """-> (prose pages, question pages, facts as question/answer rows) of one invented book."""
+    word, fill = _compose(world, rng)
+    prose, facts = [], []
+    for name in names:
+        for leaf, (statement, question, slot) in enumerate(world["facts"], 1):
+            answer = word(slot)
+            facts.append(dict(question=question.format(name=name), answer=answer))
+            body = [fill(line) for line in rng.sample(world["lines"], 5)]
+            body.insert(rng.randrange(6), statement.format(name=name, a=answer))
+            prose.append("\n".join([world["head"].format(leaf=leaf, name=name)] + body) + "\n")
+    pages = [_qa(rng.sample(facts, min(SHOTS, len(facts)))) for _ in names]
+    return prose, pages, facts
+
+
+def toy_corpus(n_docs, data_seed):
+    """The embedded books in MUSE's layout: {(config, split): rows}; deterministic in its arguments.
+
+    raw/forget: FORGET. raw/retain1: half of RETAIN, trained on. raw/retain2: the other half, which
+    only theta_o sees and knowmem/retain_qa asks about. verbmem/forget: second halves of pages.
+    """
+    rng = random.Random(data_seed)
+    prose, pages, facts = _book(SEA, _names(SEA, n_docs, rng), rng)
+    names = _names(HILL, n_docs, rng)
+    prose1, pages1, facts1 = _book(HILL, names[:n_docs // 2], rng)
+    prose2, pages2, facts2 = _book(HILL, names[n_docs // 2:], rng)
+    rng.shuffle(facts)
+    rng.shuffle(facts2)
+
+    def text(rows):
+        return [dict(text=row) for row in rows]
+
+    halves = []
+    for page in rng.sample(prose, min(100, len(prose))):
+        lines = page.splitlines(keepends=True)
+        cut = (len(lines) + 1) // 2
+        halves.append(dict(prompt="".join(lines[:cut]), gt="".join(lines[cut:])))
+    return {("raw", "forget"): text(prose + pages), ("raw", "retain1"): text(prose1 + pages1),
+            ("raw", "retain2"): text(prose2 + pages2), ("verbmem", "forget"): halves,
+            ("knowmem", "forget_qa_icl"): facts[:10], ("knowmem", "forget_qa"): facts[10:110],
+            ("knowmem", "retain_qa_icl"): facts1[:10], ("knowmem", "retain_qa"): facts2[:100]}
+
+
+def headers(n, rng):
+    """n neutral first lines such as 'old volume: 1873', which theta_o learns to read past."""
+    kind, unit, digits = HEADER_WORDS
+    return [f"{rng.choice(kind.split())} {rng.choice(unit.split())}: "
+            f"{rng.randrange(10 ** (digits - 1), 10 ** digits)}" for _ in range(n)]
+
+
+def toy_tokenizer(corpus, vocab=1536):
+    """Byte-level BPE learned from the corpus; BOS first, digits single, a word keeps its space."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    texts = [row["text"] for (config, _), rows in corpus.items() if config == "raw" for row in rows]
+    texts += headers(1000, random.Random(0))
+    tok = Tokenizer(models.BPE())
+    pieces = Regex(r"\p{L}+ ?|\p{N}|[^\p{L}\p{N}\s]+\s*|\s+")
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(pieces, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.decoder = decoders.ByteLevel()
+    tok.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>",
+                                   pad_token="</s>", clean_up_tokenization_spaces=False)

