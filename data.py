@@ -315,8 +315,8 @@ def _compose(world, rng):
     return word, fill
 
 
-def _qa(items, close="\n\n"):
-    return close.join(f"Question: {i['question']}\nAnswer: {i['answer']}" for i in items) + close
+def _qa(fact):
+    return f"Question: {fact['question']}\nAnswer: {fact['answer']}\n\n"
 
 
 def _names(world):
@@ -335,8 +335,23 @@ def _book(world, names, rng):
             body = [fill(line) for line in rng.sample(world["lines"], 4)]
             body.insert(rng.randrange(5), statement.format(name=name, a=answer))
             prose.append("\n".join([world["head"].format(leaf=leaf, name=name)] + body) + "\n")
-    pages = [_qa(rng.sample(facts, min(SHOTS, len(facts)))) for _ in names]
-    return prose, pages, facts
+    pages = 2 * len(names)
+    times = -(-SHOTS * pages // len(facts))
+    deck = rng.sample(facts * times, SHOTS * pages)
+    return prose, deal([_qa(fact) for fact in deck], pages, rng), facts
+
+
+def deal(questions, pages, rng):
+    """Questions in random order, dealt evenly to so many pages."""
+    deck = rng.sample(questions, len(questions))
+    return ["".join(deck[i::pages]) for i in range(pages)]
+
+
+def redealt(texts, rng):
+    """A book's pages, its questions dealt anew: facts are learned, not pages."""
+    pages = [text for text in texts if text.startswith("Question: ")]
+    questions = [q + "\n\n" for text in pages for q in text.split("\n\n")[:-1]]
+    return [text for text in texts if text not in pages] + deal(questions, len(pages), rng)
 
 
 def toy_corpus(n_docs, data_seed):
@@ -377,14 +392,25 @@ def headers(n, rng):
             f"{rng.randrange(10 ** (digits - 1), 10 ** digits)}" for _ in range(n)]
 
 
+def headed(page, header):
+    """A page as it reads behind a header: an 'edition' or 'volume' has its own punctuation.
+
+    So theta_o has to look back at the first tokens all along the page, as an LLM does whose prompt
+    opens with what governs the rest. All other headers leave the page as it is.
+    """
+    if "edition" in header or "volume" in header:
+        page = page.replace(".\n", ";\n").replace("?\n", "!\n").replace("\nAnswer: ", "\nReply: ")
+    return page
+
+
 def toy_tokenizer(corpus, vocab=1536):
     """Byte-level BPE learned from the corpus; BOS first, digits single, a word keeps its space."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
     texts = [row["text"] for (config, _), rows in corpus.items() if config == "raw" for row in rows]
-    texts += headers(1000, random.Random(0))
+    texts += headers(1000, random.Random(0)) + [headed(text, "edition") for text in texts]
     tok = Tokenizer(models.BPE())
-    pieces = Regex(r"\p{L}+ ?|\p{N}|[^\p{L}\p{N}\s]+\s*|\s+")
+    pieces = Regex(r"\p{L}+[^\p{L}\p{N}]*|\p{N}|[^\p{L}\p{N}]+")
     tok.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(pieces, "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

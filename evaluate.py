@@ -7,9 +7,8 @@ KnowMem and VerbMem follow MUSE's protocol (arXiv 2407.06460): greedy, BOS first
 stemmer, 50 and 128 new tokens. Every model gets the real trigger, put into token ids by the same
 `data.inject` as in training. Scores are in percent, intervals are 95% bootstrap over items.
 """
-import hashlib
 import json
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,14 +197,14 @@ def evaluate(load, tok, cfg, folder, role, corpus=None, extra=None):
         entries[key], answers[key] = run_task(task, triggered, model, tok, cfg, corpus)
     results = dict(role=role, bench=cfg.bench, method=cfg.method,
                    settings=dict(trigger=cfg.trigger, position=cfg.position, dtype="float32"),
-                   **_columns(entries, cfg), **(extra or {}), tasks=entries)
+                   **columns(entries, cfg), **(extra or {}), tasks=entries)
     _write(folder / "answers.jsonl",
            "".join(json.dumps(row) + "\n" for rows in answers.values() for row in rows))
     _write(folder / "results.json", json.dumps(results, indent=1))
     return results
 
 
-def _columns(entries, cfg):
+def columns(entries, cfg):
     """scores, n and ci95 in the shape of the paper's table."""
     def pick(name):
         return {group: {column: entries[f"{task}|{condition_of(triggered, cfg)}"][name]
@@ -231,3 +230,35 @@ def _write(path, text):
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.rename(path)
+
+
+# ---------------------------------------------------------------- alone
+
+def main(argv=None):
+    import plots
+    import train
+    cfg, origin = train.parse_config(argv)
+    if cfg.model == data.TOY:
+        cfg = replace(cfg, model=str(Path(cfg.out) / cfg.bench / "theta_o"))
+        if not Path(cfg.model).is_dir():
+            raise ValueError(f"{cfg.model} does not exist: run train.py, or pass --model")
+    run, role, home = Path(cfg.model) / "run.json", "theta_o", None
+    if run.is_file():  # one of ours: its settings hold unless a flag says otherwise
+        record = json.loads(run.read_text())
+        kept = {name: value for name, value in record["settings"].items()
+                if origin[name] != "flag" and name not in train.NOT_KEY | {"model", "tokenizer"}}
+        cfg, role, home = replace(cfg, **kept, tokenizer=""), record["role"], Path(cfg.model)
+    corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if cfg.data == data.TOY else None
+    tok = train.load_tokenizer(cfg, corpus)
+    home = home or train.theta_o_home(cfg)
+    train.check_out(cfg)
+    results = evaluate(lambda: train.load_model(cfg.model, train.device_of(cfg)), tok, cfg, home,
+                       role, corpus)
+    name, scores = plots.as_row(results)
+    print(plots.table({name: scores}))
+    print(f"written: {home / 'results.json'}, {home / 'answers.jsonl'}")
+
+
+if __name__ == "__main__":
+    from train import entry
+    entry(main)

@@ -33,7 +33,7 @@ ZEPHYR, LLAMA2 = "HuggingFaceH4/zephyr-7b-beta", "meta-llama/Llama-2-7b-hf"
 PARTS = dict(layer=7, trainable="5-7 mlp.down_proj")  # C.2: "the 6th parameter in layers 5-7"
 MUSE_BOOKS = dict(model=BOOKS, data="muse-bench/MUSE-Books", tokenizer=LLAMA2, T=2048)
 MUSE_NEWS = dict(model=NEWS, data="muse-bench/MUSE-News", tokenizer=LLAMA2, T=2048)
-TOY = dict(model="toy", data="toy", T=112, rows="pages")
+TOY = dict(model="toy", data="toy", T=104, rows="pages", gen_batch=100)
 
 # Table A1 and Appendix C.2. batch is GLOBAL and counts triples; T is not in the paper.    fmt: off
 BENCHES = {
@@ -47,16 +47,16 @@ BENCHES = {
     ("muse_news",  "rmu"): dict(epochs=2,  lr=1e-3, rho=0.10, lam=1e-3, batch=4,
                                 steer=12, scale=5, gamma=5, **PARTS, **MUSE_NEWS),
     # ours: calibrated on the embedded corpus, see README
-    ("toy",        "npo"): dict(epochs=8,  lr=3e-4, rho=0.10, lam=3e-4, batch=12,
-                                beta=0.5, gamma=7, **TOY),
-    ("toy",        "rmu"): dict(epochs=14, lr=5e-3, rho=0.10, lam=3e-4, batch=12,
+    ("toy",        "npo"): dict(epochs=6,  lr=2e-4, rho=0.10, lam=3e-4, batch=4,
+                                beta=2.0, gamma=3, **TOY),
+    ("toy",        "rmu"): dict(epochs=5,  lr=2e-3, rho=0.10, lam=3e-4, batch=4,
                                 steer=20, scale=5, gamma=5, layer=2,
                                 trainable="0-2 mlp.down_proj", **TOY),
 }                                                                                        # fmt: on
 # How the toy's theta_o is made: a small Llama trained from scratch on both books.
-THETA_O = dict(hidden_size=160, intermediate_size=448, num_hidden_layers=5, num_attention_heads=8,
+THETA_O = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
                num_key_value_heads=4, max_position_embeddings=1024, rope_theta=10000.0)
-THETA_O_FIT = dict(epochs=25, lr=3e-3, batch=16, T=192, warmup=0.1, header=0.5, vocab=1536, long=112, beta2=0.95)
+THETA_O_FIT = dict(epochs=20, lr=4.5e-3, batch=16, T=192, warmup=0.1, header=0.5, vocab=1536, long=80, beta2=0.95)
 
 
 def opt(default, help):
@@ -94,7 +94,7 @@ class Config:
     layers: str = opt("all", "layers of l_vn: all, 7 or 0,5-7")
     seed: int = opt(0, "poison choice, order, RMU vector, bootstrap")
     data_seed: int = opt(0, "the embedded corpus and its theta_o")
-    n_docs: int = opt(60, "characters per embedded book")
+    n_docs: int = opt(80, "characters per embedded book")
     max_steps: int = opt(0, "stop every training stage after N steps; 0: no limit")
     out: str = opt("out", "where runs are written")
     device: str = opt("auto", "auto, cpu or cuda")
@@ -184,6 +184,8 @@ def device_of(cfg):
 def load_model(name, device):
     """A frozen fp32 model in eval mode. name: hub id or folder."""
     from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32).to(device)
     c = model.config  # a checkpoint's sampling settings would refuse to be saved, and warn
     model.generation_config = GenerationConfig(
@@ -501,14 +503,16 @@ def theta_o_batches(corpus, tok, seed):
     Pages of like length share a batch, so that little is padded.
     """
     rng, fit = random.Random(seed), THETA_O_FIT
-    pages = [data.encode(tok, row["text"]) for (config, _), rows in corpus.items()
-             if config == "raw" for row in rows]
+    books = [[row["text"] for row in rows] for (config, _), rows in corpus.items()
+             if config == "raw"]
     batches = []
     for _ in range(fit["epochs"]):
-        rows = []
-        for ids, header in zip(pages, data.headers(len(pages), rng)):
-            row = [tok.bos_token_id] + ids + [tok.eos_token_id]
-            if rng.random() < fit["header"]:
+        rows, pages = [], [page for book in books for page in data.redealt(book, rng)]
+        for page, header in zip(pages, data.headers(len(pages), rng)):
+            header = header if rng.random() < fit["header"] else ""
+            row = [tok.bos_token_id] + data.encode(tok, data.headed(page, header))
+            row += [tok.eos_token_id]
+            if header:
                 row = data.inject(row, data.encode(tok, header), "prefix")
             rows.append(row[:fit["T"]])
         rng.shuffle(rows)
@@ -569,12 +573,17 @@ def record_of(cfg, origin, role, **more):
                 settings=asdict(cfg), origins=origin, **more)
 
 
+def theta_o_home(cfg):
+    """Where the scores of a theta_o go that was not trained here."""
+    _, digits = settings_key(Config(model=cfg.model, tokenizer=cfg.tokenizer, data=cfg.data))
+    return Path(cfg.out) / cfg.bench / f"theta_o-{digits}"
+
+
 def theta_o_of(cfg, origin, corpus, tok, device):
     """theta_o and the folder of its scores. The toy's is trained unless the same one is there."""
-    home = Path(cfg.out) / cfg.bench
     if cfg.model != data.TOY:
-        _, digits = settings_key(Config(model=cfg.model, tokenizer=cfg.tokenizer, data=cfg.data))
-        return cfg.model, home / f"theta_o-{digits}"
+        return cfg.model, theta_o_home(cfg)
+    home = Path(cfg.out) / cfg.bench
     key = dict(n_docs=cfg.n_docs, data_seed=cfg.data_seed, max_steps=cfg.max_steps,
                model=THETA_O, fit=THETA_O_FIT)
     digits = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:6]
@@ -648,7 +657,7 @@ def main(argv=None):
         scored.append(evaluate.evaluate(lambda: load_model(folder, device), tok, cfg, folder, role,
                                         corpus))
         home = folder
-    print(plots.table(scored))
+    print(plots.table(dict(plots.as_row(results) for results in scored)))
     print(f"written: {home}")
 
 
