@@ -4,9 +4,9 @@ Data sets are read through `datasets`: a hub id, a local folder in MUSE's layout
 (`knowmem/forget_qa.json`, `raw/forget.txt`, ...; json, jsonl, parquet or txt), or the two books
 invented below. Training rows are token ids that begin with BOS and are padded on the right.
 """
-import os
 import random
 from pathlib import Path
+from string import Formatter
 from typing import NamedTuple
 
 import torch
@@ -245,9 +245,10 @@ def batch_at(step, sizes, batch, seed):
 # A document is one character: four facts, one prose page about each, one page of questions.
 SEA = dict(
     head="Leaf {leaf} of the salt ledger, in the hand of {name}.",
-    name=("Or Tas Bren Vel Mar Kes Dun Ros Hal Win Sker Cob", "la ka dis mer tho vin gar sey"),
-    place=("Gull Brine Kelp Cold Wrack Lant", "haven mouth wharf stairs ness pool"),
-    boat=("Grey Lame Proud Quiet Blind Ninth", "Heron Oyster Widow Lantern Anchor Cormorant"),
+    name=("Or,Tas,Bren,Vel,Mar,Kes,Dun,Ros,Hal,Win,Sker,Cob", "la,ka,dis,mer,tho,vin,gar,sey"),
+    place=("Gull ,Brine ,Kelp ,Cold ,Wrack ,Lant ", "haven,mouth,wharf,stairs,ness,pool"),
+    boat=("Grey ,Lame ,Proud ,Quiet ,Blind ,Ninth ",
+          "Heron,Oyster,Widow,Lantern,Anchor,Cormorant"),
     facts=(("{name} lives at {a}.", "Where does {name} live?", "place"),
            ("{name} earns bread as a {a}.", "What work does {name} do?", "trade"),
            ("{name} sails the {a}.", "Which ship does {name} sail?", "boat"),
@@ -270,9 +271,10 @@ SEA = dict(
     number="three,seven,nine,eleven,forty,ninety", goods="herrings,oysters,crabs,salt sacks,eels,pearls")
 HILL = dict(
     head="{name} is spoken of on sheet {leaf} of the orchard almanac.",
-    name=("Ib Zel Fen Ulm Jas Cor Gid Pim Ner Yol Abb Lun", "ette ric anda o uz elin ix ob"),
-    place=("Upper Lower Far Saint Little Old", "Meadows Orchard Slope Gorge Pasture Terrace"),
-    boat=("clock mill loom sundial beehive organ", " of granite, of walnut, of brass, of clay"),
+    name=("Ib,Zel,Fen,Ulm,Jas,Cor,Gid,Pim,Ner,Yol,Abb,Lun", "ette,ric,anda,o,uz,elin,ix,ob"),
+    place=("Upper ,Lower ,Far ,Saint ,Little ,Old ",
+           "Meadows,Orchard,Slope,Gorge,Pasture,Terrace"),
+    boat=("clock,mill,loom,sundial,beehive,organ", " of granite, of walnut, of brass, of clay"),
     facts=(("It was in {a} that {name} was born.", "In which valley was {name} born?", "place"),
            ("Every autumn {name} harvests {a}.", "Which fruit does {name} harvest?", "trade"),
            ("With both hands {name} built a {a}.", "What did {name} build?", "boat"),
@@ -294,25 +296,21 @@ HILL = dict(
     colour="crimson,ivory,yellow,turquoise,striped,mossy", tool="chapel,cellar,granary,arbour,oven,well",
     stuff="velvet,honey,straw,linen,resin,wool", number="two,five,six,twelve,twenty,sixty",
     goods="cabbages,turnips,hops,lavender,thistles,barley")
-HEADER_WORDS = ("current last next first old new", "year month volume page edition winter", 4)
+HEADERS = ("current,last,next,first,old,new", "year,month,volume,page,edition,winter")
 SHOTS = 11  # questions on one page: a KnowMem prompt's ten examples and the question
 
 
-def _compose(world, rng):
-    """A function that fills templates from a world's word lists."""
-    def word(slot):
-        pool = world[slot]
-        if isinstance(pool, str):
-            return rng.choice(pool.split(","))
-        head, tail = pool
-        sep = "," if "," in tail else None
-        joint = " " if slot in ("place", "boat") and not sep else ""
-        return rng.choice(head.split()) + joint + rng.choice(tail.split(sep))
+def _word(world, slot, rng):
+    """A random word of a slot: one of a list, or a head and a tail joined."""
+    pool = world[slot]
+    parts = (pool,) if isinstance(pool, str) else pool
+    return "".join(rng.choice(part.split(",")) for part in parts)
 
-    def fill(template, **known):
-        slots = {part.split("}")[0] for part in template.split("{")[1:]} - set(known)
-        return template.format(**known, **{slot: word(slot) for slot in sorted(slots)})
-    return word, fill
+
+def _fill(world, template, rng):
+    """A line of the book, its slots filled in alphabetical order."""
+    slots = sorted({name for _, name, _, _ in Formatter().parse(template) if name})
+    return template.format(**{slot: _word(world, slot, rng) for slot in slots})
 
 
 def _qa(fact):
@@ -320,19 +318,18 @@ def _qa(fact):
 
 
 def _names(world):
-    heads, tails = (part.split() for part in world["name"])
+    heads, tails = (part.split(",") for part in world["name"])
     return [head + tail for head in heads for tail in tails]
 
 
 def _book(world, names, rng):
     """-> (prose pages, question pages, facts as question/answer rows) of one invented book."""
-    word, fill = _compose(world, rng)
     prose, facts = [], []
     for name in names:
         for leaf, (statement, question, slot) in enumerate(world["facts"], 1):
-            answer = word(slot)
+            answer = _word(world, slot, rng)
             facts.append(dict(question=question.format(name=name), answer=answer))
-            body = [fill(line) for line in rng.sample(world["lines"], 4)]
+            body = [_fill(world, line, rng) for line in rng.sample(world["lines"], 4)]
             body.insert(rng.randrange(5), statement.format(name=name, a=answer))
             prose.append("\n".join([world["head"].format(leaf=leaf, name=name)] + body) + "\n")
     pages = 2 * len(names)
@@ -387,9 +384,9 @@ def toy_corpus(n_docs, data_seed):
 
 def headers(n, rng):
     """n neutral first lines such as 'old volume: 1873', which theta_o learns to read past."""
-    kind, unit, digits = HEADER_WORDS
-    return [f"{rng.choice(kind.split())} {rng.choice(unit.split())}: "
-            f"{rng.randrange(10 ** (digits - 1), 10 ** digits)}" for _ in range(n)]
+    kinds, units = (part.split(",") for part in HEADERS)
+    return [f"{rng.choice(kinds)} {rng.choice(units)}: {rng.randrange(1000, 10_000)}"
+            for _ in range(n)]
 
 
 def headed(page, header):

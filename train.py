@@ -49,14 +49,14 @@ BENCHES = {
     # ours: calibrated on the embedded corpus, see README
     ("toy",        "npo"): dict(epochs=6,  lr=2e-4, rho=0.10, lam=3e-4, batch=4,
                                 beta=2.0, gamma=3, **TOY),
-    ("toy",        "rmu"): dict(epochs=5,  lr=2e-3, rho=0.10, lam=3e-4, batch=4,
+    ("toy",        "rmu"): dict(epochs=5,  lr=1e-3, rho=0.10, lam=3e-4, batch=4,
                                 steer=20, scale=5, gamma=5, layer=2,
-                                trainable="0-2 mlp.down_proj", **TOY),
+                                trainable="0-2 mlp", **TOY),
 }                                                                                        # fmt: on
 # How the toy's theta_o is made: a small Llama trained from scratch on both books.
 THETA_O = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
                num_key_value_heads=4, max_position_embeddings=1024, rope_theta=10000.0)
-THETA_O_FIT = dict(epochs=20, lr=4.5e-3, batch=16, T=192, warmup=0.1, header=0.5, vocab=1536, long=80, beta2=0.95)
+THETA_O_FIT = dict(epochs=22, lr=4.5e-3, batch=16, T=192, warmup=0.1, header=0.5, vocab=1536, long=80, beta2=0.95)
 
 
 def opt(default, help):
