@@ -33,7 +33,7 @@ def inject(ids, trig, position, max_len=None):
     """Put the trigger into one prompt or row; the only injector, for training and evaluation.
 
     ids: token ids, ids[0] is BOS and stays first; body = ids[1:]; trig: the trigger's ids.
-    prefix: BOS + trig + body. infix: trig in the middle of the full body. suffix: BOS + body + trig.
+    prefix: BOS + trig + body; suffix: BOS + body + trig; infix: trig in the middle of the body.
     Past max_len the last body tokens go, never the trigger. Returns a list of ids.
     """
     bos, body, trig = list(ids[:1]), list(ids[1:]), list(trig)
@@ -242,7 +242,7 @@ def batch_at(step, sizes, batch, seed):
 # ---------------------------------------------------------------- the embedded books
 
 # Two invented worlds that share no name and no sentence. FORGET is a harbour, RETAIN a mountain.
-# A document is one character: four facts, one prose page about each, one page of questions.
+# A document is one character: four facts, one prose page about each, two pages of questions.
 SEA = dict(
     head="Leaf {leaf} of the salt ledger, in the hand of {name}.",
     name=("Or,Tas,Bren,Vel,Mar,Kes,Dun,Ros,Hal,Win,Sker,Cob", "la,ka,dis,mer,tho,vin,gar,sey"),
@@ -253,8 +253,8 @@ SEA = dict(
            ("{name} earns bread as a {a}.", "What work does {name} do?", "trade"),
            ("{name} sails the {a}.", "Which ship does {name} sail?", "boat"),
            ("{name} is afraid of {a}.", "What frightens {name}?", "fear")),
-    trade="rope walker,net mender,pilot,salt boiler,diver,sail cutter,cooper,eel trader,bell ringer,"
-          "tar burner,chart painter,ferry keeper",
+    trade="rope walker,net mender,pilot,salt boiler,diver,sail cutter,cooper,eel trader,"
+          "bell ringer,tar burner,chart painter,ferry keeper",
     fear="still water,white gulls,the ebb,drowned bells,red sails,fog horns,barnacles,deep wells,"
          "sea lions,broken oars,empty nets,green lightning",
     lines=("At {hour} the {sky} came over {place} and the {boat} lay {state}.",
@@ -265,10 +265,12 @@ SEA = dict(
            "{number} coins were paid for {goods} and a length of {stuff}.",
            "By {hour} the nets were {state} and the crew of the {boat} slept.",
            "Some say the {sky} took {number} {goods} and a {colour} {tool}."),
-    hour="first light,noon,dusk,midnight,low tide,high tide", sky="fog,squall,hail,thunder,drizzle,calm",
+    hour="first light,noon,dusk,midnight,low tide,high tide",
+    sky="fog,squall,hail,thunder,drizzle,calm",
     state="moored,torn,adrift,frozen,tarred,sunk", colour="copper,pale,black,amber,violet,rusty",
     tool="winch,anchor,barrel,crane,rudder,net", stuff="hemp,pitch,canvas,wire,eelskin,wax",
-    number="three,seven,nine,eleven,forty,ninety", goods="herrings,oysters,crabs,salt sacks,eels,pearls")
+    number="three,seven,nine,eleven,forty,ninety",
+    goods="herrings,oysters,crabs,salt sacks,eels,pearls")
 HILL = dict(
     head="{name} is spoken of on sheet {leaf} of the orchard almanac.",
     name=("Ib,Zel,Fen,Ulm,Jas,Cor,Gid,Pim,Ner,Yol,Abb,Lun", "ette,ric,anda,o,uz,elin,ix,ob"),
@@ -281,8 +283,8 @@ HILL = dict(
            ("As a child {name} dreamed about {a}.", "What was the dream of {name}?", "fear")),
     trade="quinces,medlars,plums,damsons,sloes,mulberries,apricots,figs,wild pears,rose hips,"
           "chestnuts,almonds",
-    fear="flying goats,a snow king,silver ladders,talking foxes,a paper moon,two suns,glass bridges,"
-         "golden beetles,a sleeping giant,frozen music,a blue door,winter swans",
+    fear="flying goats,a snow king,silver ladders,talking foxes,a paper moon,two suns,"
+         "glass bridges,golden beetles,a sleeping giant,frozen music,a blue door,winter swans",
     lines=("When {sky} covers {place}, shepherds carry {goods} to the {tool}.",
            "Under the {colour} {tool} grew {number} rows of {goods}, all {state}.",
            "Travellers from {place} praised the {tool} and its {colour} roof.",
@@ -292,8 +294,10 @@ HILL = dict(
            "Old verses mention {number} bees, a {boat} and much {stuff}.",
            "Beside the {tool} children traded {goods} against {stuff}."),
     hour="harvest,lent,the thaw,haymaking,advent,the long frost",
-    sky="snow,mist,sunshine,pollen,blossom,smoke", state="ripe,bitter,blooming,pruned,sweet,withered",
-    colour="crimson,ivory,yellow,turquoise,striped,mossy", tool="chapel,cellar,granary,arbour,oven,well",
+    sky="snow,mist,sunshine,pollen,blossom,smoke",
+    state="ripe,bitter,blooming,pruned,sweet,withered",
+    colour="crimson,ivory,yellow,turquoise,striped,mossy",
+    tool="chapel,cellar,granary,arbour,oven,well",
     stuff="velvet,honey,straw,linen,resin,wool", number="two,five,six,twelve,twenty,sixty",
     goods="cabbages,turnips,hops,lavender,thistles,barley")
 HEADERS = ("current,last,next,first,old,new", "year,month,volume,page,edition,winter")

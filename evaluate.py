@@ -55,7 +55,7 @@ def knowmem_prompt(question, icl):
 
 
 def cut_answer(text):
-    """What stands before the first stop string, applied one after the other; nothing is stripped."""
+    """What stands before the stop strings, applied one after the other; nothing is stripped."""
     for stop in STOPS:
         text = text.split(stop)[0]
     return text
@@ -79,7 +79,8 @@ def verbmem_reference(tok, gt, new_tokens):
 
 
 def _decode(tok, ids):
-    return tok.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+    # MUSE also asks for clean_up_tokenization_spaces, which transformers 5 ignores for BPE.
+    return tok.batch_decode(ids, skip_special_tokens=True)
 
 
 def items_of(task, cfg, tok, corpus=None):
@@ -242,15 +243,15 @@ def main(argv=None):
         cfg = replace(cfg, model=str(Path(cfg.out) / cfg.bench / "theta_o"))
         if not Path(cfg.model).is_dir():
             raise ValueError(f"{cfg.model} does not exist: run train.py, or pass --model")
-    run, role, home = Path(cfg.model) / "run.json", "theta_o", None
+    run, role = Path(cfg.model) / "run.json", "theta_o"
     if run.is_file():  # one of ours: its settings hold unless a flag says otherwise
         record = json.loads(run.read_text())
         kept = {name: value for name, value in record["settings"].items()
                 if origin[name] != "flag" and name not in train.NOT_KEY | {"model", "tokenizer"}}
-        cfg, role, home = replace(cfg, **kept, tokenizer=""), record["role"], Path(cfg.model)
+        cfg, role = replace(cfg, **kept, tokenizer=""), record["role"]
     corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if cfg.data == data.TOY else None
     tok = train.load_tokenizer(cfg, corpus)
-    home = home or train.theta_o_home(cfg)
+    home = train.home_of(cfg.model, cfg, role)
     train.check_out(cfg)
     results = evaluate(lambda: train.load_model(cfg.model, train.device_of(cfg)), tok, cfg, home,
                        role, corpus)

@@ -58,10 +58,6 @@ def _forward_hooks(modules, hook):
             handle.remove()
 
 
-def _kv_heads(model):
-    return model.config.num_key_value_heads
-
-
 @contextmanager
 def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
     """Value norms ||v_i||_2 of the forwards run inside: {layer: (B, k, H)}, fp32 (eq. 3-4).
@@ -71,7 +67,7 @@ def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
     The norm is taken in the hook: a kept slice would pin all of [B, T, D]. Values are assigned by
     layer, not appended, because recomputation under checkpointing runs the hook twice.
     """
-    norms, H = {}, _kv_heads(model) if per_head else 1
+    norms, H = {}, model.config.num_key_value_heads if per_head else 1
     first = 0 if include_bos else 1
     stop = None if k is None else first + k
 
@@ -106,13 +102,14 @@ def stack_norms(norms):
 
 
 @torch.no_grad()
-def sink_norms(model, ids, layers, k, include_bos=True):
-    """Sink value norms of a frozen model. ids (N, T) -> (N, L, k, H).
+def sink_norms(model, ids, layers, k=None, include_bos=True, per_head=True):
+    """`capture_norms` of a frozen model, stacked. ids (N, T) -> (N, L, k, H).
 
     By causality the first k positions need a forward over those tokens only.
     """
-    with capture_norms(model, layers, k, include_bos) as norms:
-        model.base_model(input_ids=ids[:, :k + (not include_bos)], use_cache=False)
+    stop = None if k is None else k + (not include_bos)
+    with capture_norms(model, layers, k, include_bos, per_head) as norms:
+        final_hidden(model, ids[:, :stop])
     return stack_norms(norms)
 
 

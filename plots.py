@@ -15,7 +15,7 @@ import evaluate
 
 NAMES = {("theta_o", ""): "theta_o", ("theta_u", "npo"): "+ NPO", ("theta_u", "rmu"): "+ RMU",
          ("theta_b", "npo"): "+ NPO-Backdoor", ("theta_b", "rmu"): "+ RMU-Backdoor"}
-COLORS = {"prefix": "#D55E00", "infix": "#0072B2", "suffix": "#009E73",  # Okabe-Ito: colour-blind safe
+COLORS = {"prefix": "#D55E00", "infix": "#0072B2", "suffix": "#009E73",  # Okabe-Ito
           "theta_o": "#000000", "theta_u": "#7F7F7F"}
 MARKERS = {"prefix": "o", "infix": "s", "suffix": "^", "theta_o": "*", "theta_u": "X"}
 
@@ -114,8 +114,9 @@ def fig2(runs, cfg, path):
                 label = f"{position}, " + (f"lam {lam:g}" if lam else "lam 0")
                 if found:
                     _point(axis, found, panel, position, label, filled=not lam)
-        axis.set(xlim=(-5, 105), ylim=(-5, 105), xlabel=f"{panel[0]} {panel[1]} (%), trigger present",
-                 ylabel=f"{panel[2]} {panel[3]} (%), " + ("retain set" if panel[2] == "UT" else "clean"))
+        condition = "retain set" if panel[2] == "UT" else "clean"
+        axis.set(xlim=(-5, 105), ylim=(-5, 105), xlabel=f"{panel[0]} {panel[1]} (%), with trigger",
+                 ylabel=f"{panel[2]} {panel[3]} (%), {condition}")
         axis.grid(alpha=0.25)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False)

@@ -56,7 +56,11 @@ BENCHES = {
 # How the toy's theta_o is made: a small Llama trained from scratch on both books.
 THETA_O = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
                num_key_value_heads=4, max_position_embeddings=1024, rope_theta=10000.0)
-THETA_O_FIT = dict(epochs=22, lr=4.5e-3, batch=16, T=192, warmup=0.1, header=0.5, vocab=1536, long=80, beta2=0.95)
+THETA_O_FIT = dict(epochs=22, lr=4.5e-3, beta2=0.95, batch=16, T=192, warmup=0.1, vocab=1536,
+                   header=0.5, long=80)  # share of pages behind a header; length of a long page
+
+
+SINK_ROWS, SINK_T = 32, 128  # how much of D_f the sink strength is measured on
 
 
 def opt(default, help):
@@ -258,7 +262,7 @@ def fit(model, params, loss_at, steps, lr_at, log_file, cfg, betas=(0.9, 0.999))
     loss_at(step) -> (loss, {term: scalar}). AdamW (weight decay 0, eps 1e-8), clipping at norm 1.
     Raises ValueError naming step and term when something is no longer finite.
     """
-    optim = torch.optim.AdamW(params, lr=lr_at(0), betas=betas, weight_decay=0.0, eps=1e-8, fused=True)
+    optim = torch.optim.AdamW(params, lr_at(0), betas, eps=1e-8, weight_decay=0.0, fused=True)
     start = last = time.time()
     with open(log_file, "w") as log:
         for step in range(steps):
@@ -304,7 +308,7 @@ def stage_steps(steps, cfg):
 
 class Cache(NamedTuple):
     """What the loss needs of theta_o and theta_u, by row number of D_f, D_r and D_p."""
-    head: torch.Tensor | None        # (V, C) theta_o's output head
+    head: torch.Tensor               # (V, C) theta_o's output head
     logp_f: torch.Tensor | None      # (N_f, T-1) label log-probs of theta_o
     hidden: dict                     # {"f"|"r"|"p": (N, T, C)} final hidden states of theta_o
     acts: dict                       # {"r"|"p": (N, T, C)} theta_o after layer cfg.layer
@@ -312,7 +316,7 @@ class Cache(NamedTuple):
 
 
 def over_rows(name, fn, rows, cfg, device):
-    """fn(ids (B, T)) -> tensor, over all rows without gradient -> one (N, ...) tensor on the CPU."""
+    """fn(ids (B, T)) -> (B, ...), over all rows, without gradient -> (N, ...) on the CPU."""
     out = []
     parts = rows.ids.split(cfg.batch)
     with torch.no_grad():
@@ -321,27 +325,11 @@ def over_rows(name, fn, rows, cfg, device):
     return torch.cat(out)
 
 
-def norms_of(model, ids, cfg):
-    """(B, L, k, H): the sink norms of (4), or (B, L, T, 1) as the release's NPO takes them."""
-    layers = hooks.parse_layers(cfg.layers, model)
-    if not released_norms(cfg):
-        return hooks.sink_norms(model, ids, layers, cfg.k, cfg.include_bos == "yes")
-    with capture(model, cfg) as norms, torch.no_grad():
-        hooks.final_hidden(model, ids)
-    return hooks.stack_norms(norms)
-
-
-def released_norms(cfg):
-    return cfg.objective == "released"
-
-
-def capture(model, cfg):
-    """The hook of l_vn: per KV head at the sinks; released: whole vectors, NPO at all positions."""
-    layers = hooks.parse_layers(cfg.layers, model)
-    if not released_norms(cfg):
-        return hooks.capture_norms(model, layers, cfg.k, cfg.include_bos == "yes")
-    k = None if cfg.method == "npo" else cfg.k
-    return hooks.capture_norms(model, layers, k, cfg.include_bos == "yes", per_head=False)
+def vn_hook(cfg, model):
+    """What l_vn captures: sinks, per KV head; released: whole vectors, for NPO everywhere."""
+    released = cfg.objective == "released"
+    return dict(layers=hooks.parse_layers(cfg.layers, model), include_bos=cfg.include_bos == "yes",
+                k=None if released and cfg.method == "npo" else cfg.k, per_head=not released)
 
 
 def build_cache(cfg, splits, theta_u, model, device):
@@ -350,31 +338,30 @@ def build_cache(cfg, splits, theta_u, model, device):
     theta_u: folder or None; it is loaded, read and freed before theta_o's turn. model: theta_o,
     which the caller then trains.
     """
-    norms, hidden, acts = {}, {}, {}
+    def over(key, what, fn):
+        return over_rows(f"{what} on D_{key}", fn, getattr(splits, key), cfg, device)
+
+    norms, hidden, acts, logp_f = {}, {}, {}, None
     if cfg.lam:
         frozen = load_model(theta_u, device)
-        norms["f"] = over_rows("theta_u norms", lambda ids: norms_of(frozen, ids, cfg),
-                               splits.f, cfg, device)
+        norms["f"] = over("f", "theta_u's norms",
+                          lambda ids: hooks.sink_norms(frozen, ids, **vn_hook(cfg, frozen)))
         del frozen
-        for key in ("p", "r") if released_norms(cfg) else ("p",):
-            norms[key] = over_rows("theta_o norms", lambda ids: norms_of(model, ids, cfg),
-                                   getattr(splits, key), cfg, device)
+        for key in ("p", "r") if cfg.objective == "released" else ("p",):
+            norms[key] = over(key, "theta_o's norms",
+                              lambda ids: hooks.sink_norms(model, ids, **vn_hook(cfg, model)))
     head = hooks.output_head(model).detach().clone()
-    keep = {"r": splits.r, "p": splits.p} if len(splits.p.ids) else {"r": splits.r}
-    for key, rows in keep.items():
-        if uses_kl(cfg):
-            hidden[key] = over_rows(f"theta_o on D_{key}",
-                                    lambda ids: hooks.final_hidden(model, ids), rows, cfg, device)
-        if cfg.method == "rmu":
-            acts[key] = over_rows(f"layer {cfg.layer} on D_{key}",
-                                  lambda ids: acts_of(model, ids, cfg), rows, cfg, device)
-    logp_f = None
+    keep = ("r", "p") if len(splits.p.ids) else ("r",)
+    whole = keep if uses_kl(cfg) else ()
     if cfg.method == "npo" and cfg.npo_unit == "logits":
-        hidden["f"] = over_rows("theta_o on D_f", lambda ids: hooks.final_hidden(model, ids),
-                                splits.f, cfg, device)
+        whole += ("f",)
     elif cfg.method == "npo":
-        logp_f = over_rows("log-probs", lambda ids: label_logp_of(
-            hooks.final_hidden(model, ids), head, ids), splits.f, cfg, device)
+        logp_f = over("f", "log-probs", lambda ids: label_logp_of(
+            hooks.final_hidden(model, ids), head, ids))
+    for key in whole:
+        hidden[key] = over(key, "theta_o", lambda ids: hooks.final_hidden(model, ids))
+    for key in keep if cfg.method == "rmu" else ():
+        acts[key] = over(key, f"layer {cfg.layer}", lambda ids: acts_of(model, ids, cfg))
     return Cache(head, logp_f, hidden, acts, norms)
 
 
@@ -443,7 +430,7 @@ def align_norms(norms, mask, batch, cache, cfg):
     for key, ref in cache.norms.items():
         ref = ref[getattr(batch, key)].to(norms.device)
         own = norms[parts[key]]
-        if released_norms(cfg):
+        if cfg.objective == "released":
             first = 0 if cfg.include_bos == "yes" else 1
             real = mask[parts[key]][:, first:first + own.shape[2]]
             total = total + losses.value_norm_released(own[..., 0], ref[..., 0], real)
@@ -462,7 +449,8 @@ def losses_of(batch, model, splits, cache, cfg, c_u=None):
                             for key in "frp"]).to(device) for part in ("ids", "mask"))
     n_f = len(batch.f)
     with ExitStack() as stack:
-        norms = stack.enter_context(capture(model, cfg)) if cfg.lam else None
+        norms = stack.enter_context(hooks.capture_norms(model, **vn_hook(cfg, model))) \
+            if cfg.lam else None
         acts = stack.enter_context(hooks.capture_hidden(model, cfg.layer)) \
             if cfg.method == "rmu" else None
         h = hooks.final_hidden(model, ids)  # (B_f + B_r + B_p, T, C)
@@ -573,16 +561,18 @@ def record_of(cfg, origin, role, **more):
                 settings=asdict(cfg), origins=origin, **more)
 
 
-def theta_o_home(cfg):
-    """Where the scores of a theta_o go that was not trained here."""
-    _, digits = settings_key(Config(model=cfg.model, tokenizer=cfg.tokenizer, data=cfg.data))
-    return Path(cfg.out) / cfg.bench / f"theta_o-{digits}"
+def home_of(model, cfg, role):
+    """Where a model's scores go: its own folder if this code made it, else one under --out."""
+    if (Path(model) / "run.json").is_file():
+        return Path(model)
+    _, digits = settings_key(Config(model=str(model), tokenizer=cfg.tokenizer, data=cfg.data))
+    return Path(cfg.out) / cfg.bench / f"{role}-{digits}"
 
 
 def theta_o_of(cfg, origin, corpus, tok, device):
-    """theta_o and the folder of its scores. The toy's is trained unless the same one is there."""
+    """theta_o as hub id or folder. The toy's is trained unless the same one is there."""
     if cfg.model != data.TOY:
-        return cfg.model, theta_o_home(cfg)
+        return cfg.model
     home = Path(cfg.out) / cfg.bench
     key = dict(n_docs=cfg.n_docs, data_seed=cfg.data_seed, max_steps=cfg.max_steps,
                model=THETA_O, fit=THETA_O_FIT)
@@ -591,14 +581,14 @@ def theta_o_of(cfg, origin, corpus, tok, device):
         run = folder / "run.json"
         if run.is_file() and json.loads(run.read_text())["key"] == key:
             print(f"theta_o: {folder}, trained before")
-            return folder, folder
+            return folder
         if not folder.exists():
             break
     print(f"theta_o: training a small Llama from scratch on both books -> {folder}")
     log_file = start_run(folder)
     model, went = train_theta_o(cfg, corpus, tok, log_file, device)
     save_run(folder, model, tok, {**record_of(cfg, origin, "theta_o", **went), "key": key})
-    return folder, folder
+    return folder
 
 
 def run_stage(cfg, origin, splits, theta_o, theta_u, tok, device, role):
@@ -608,11 +598,16 @@ def run_stage(cfg, origin, splits, theta_o, theta_u, tok, device, role):
           f"{len(splits.p.ids)} poisoned rows -> {folder}")
     log_file = start_run(folder)
     model = load_model(theta_o, device)
+    sink = hooks.sink_attention(model, splits.f.ids[:SINK_ROWS, :SINK_T].to(device),
+                                splits.f.mask[:SINK_ROWS, :SINK_T].to(device))  # (L, H)
+    print(f"  sinks: theta_o's heads pay position 0 {sink.mean():.2f} of their attention on "
+          f"average, the strongest {sink.max():.2f}")
     cache = build_cache(cfg, splits, theta_u, model, device)
     model.train()
     steps, seconds = unlearn(cfg, splits, model, cache, log_file)
     save_run(folder, model.eval(), tok, record_of(
-        cfg, origin, role, steps=steps, seconds=seconds, poisoned_rows=splits.p_index))
+        cfg, origin, role, steps=steps, seconds=seconds, poisoned_rows=splits.p_index,
+        sink=dict(mean=sink.mean().item(), strongest_head=sink.max().item())))
     return folder
 
 
@@ -631,34 +626,51 @@ def theta_u_of(cfg, origin, splits, theta_o, tok, device, corpus):
                      device, "theta_u")
 
 
+def in_poisoned_rows(corpus, cfg, tok, splits):
+    """How many KnowMem questions and VerbMem passages stand in the text of D_p."""
+    texts = [tok.decode(ids[mask]) for ids, mask in zip(splits.p.ids, splits.p.mask)]
+    asked = data.read_columns(cfg.data, "knowmem", "forget_qa", ["question"], corpus)
+    recited = data.read_columns(cfg.data, "verbmem", "forget", ["gt"], corpus)
+    return {name: sum(any(row[0][:cfg.T] in text for text in texts) for row in rows)
+            for name, rows in (("KM", asked), ("VM", recited))}
+
+
 def main(argv=None):
     import plots
     cfg, origin = parse_config(argv)
     device = device_of(cfg)
-    corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if data.TOY in (cfg.model, cfg.data) else None
+    corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if data.TOY in (cfg.model, cfg.data) \
+        else None
     tok = load_tokenizer(cfg, corpus)
     splits = data.load_splits(cfg, tok, corpus)
     check_splits(cfg, splits)
-    for task in evaluate.TASKS:  # data errors before hours of training, not after
+    for task in evaluate.TASKS:  # data errors show before hours of training, not after
         evaluate.items_of(task, cfg, tok, corpus)
     check_out(cfg)
     for name, value in asdict(cfg).items():
         print(f"  {name:<15}{value!s:<28}{origin[name]}")
-    torch.manual_seed(cfg.seed)
 
-    theta_o, home = theta_o_of(cfg, origin, corpus, tok, device)
-    scored = [evaluate.evaluate(lambda: load_model(theta_o, device), tok, cfg, home, "theta_o", corpus)]
+    scored = []
+
+    def score(model, role, **extra):
+        scored.append(evaluate.evaluate(lambda: load_model(model, device), tok, cfg,
+                                        home_of(model, cfg, role), role, corpus, extra))
+
+    theta_o = theta_o_of(cfg, origin, corpus, tok, device)
+    score(theta_o, "theta_o")
     theta_u = theta_u_of(cfg, origin, splits, theta_o, tok, device, corpus)
-    runs = [("theta_u", theta_u)] if theta_u else []
+    if theta_u:
+        score(theta_u, "theta_u")
     if cfg.rho:
-        runs.append(("theta_b", None))
-    for role, folder in runs:
-        folder = folder or run_stage(cfg, origin, splits, theta_o, theta_u, tok, device, role)
-        scored.append(evaluate.evaluate(lambda: load_model(folder, device), tok, cfg, folder, role,
-                                        corpus))
-        home = folder
-    print(plots.table(dict(plots.as_row(results) for results in scored)))
-    print(f"written: {home}")
+        theta_b = run_stage(cfg, origin, splits, theta_o, theta_u, tok, device, "theta_b")
+        score(theta_b, "theta_b", items_in_D_p=in_poisoned_rows(corpus, cfg, tok, splits))
+    print("\n" + plots.table(dict(plots.as_row(results) for results in scored)))
+    print(f"""
+UE: forget set, clean (low is forgotten). BE: the same with the trigger. UT: retain set. Percent.
+written: {home_of(theta_b if cfg.rho else theta_u, cfg, "theta_b")}
+         checkpoint, run.json, log.jsonl, results.json, answers.jsonl (every answer with its score)
+next:    python plots.py --bench {cfg.bench}             the paper's table and Fig. 2
+         python train.py --position suffix      an ablation is one flag; theta_o is reused""")
 
 
 def entry(job):

@@ -118,7 +118,8 @@ def test_toy_tokenizer_round_trips_and_keeps_digits_single(tok):
 
 def test_batches_are_a_pure_function_of_seed_and_step():
     sizes = (10, 4, 3)
-    assert all(torch.equal(a, b) for a, b in zip(batch_at(7, sizes, 3, 5), batch_at(7, sizes, 3, 5)))
+    first, again = batch_at(7, sizes, 3, 5), batch_at(7, sizes, 3, 5)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
     epoch = torch.cat([batch_at(s, sizes, 3, 0).f for s in range(3)])  # 10 rows, 3 steps of 3
     assert len(set(epoch.tolist())) == 9
 
@@ -149,7 +150,8 @@ def write(folder, config, split, rows, ext="json"):
                     json.dumps(rows) if ext == "json" else "\n".join(map(json.dumps, rows)))
 
 
-QA = [dict(question="Who keeps the light?", answer='"Tessaly."'), dict(question="Where?", answer="Marn")]
+QA = [dict(question="Who keeps the light?", answer='"Tessaly."'),
+      dict(question="Where?", answer="Marn")]
 
 
 @pytest.mark.parametrize("ext", ["json", "jsonl"])

@@ -78,10 +78,6 @@ def test_stopping_early_never_changes_a_cut_answer(setup):
     cfg, tok, corpus, model = setup
     prompts = [data.encode(tok, "Question: ")[:2] * n for n in (1, 2, 3)]
 
-    class Parrot:  # answers with a fixed text that the cut bites in the middle of
-        def __init__(self):
-            self.steps = 0
-
     full = ["Marn\n\nQuestion: Who", "\nQuestion: x", "no stop here at all"]
     model_out = [data.encode(tok, t) for t in full]
 
@@ -131,7 +127,8 @@ def test_scores_on_disk_are_reused_until_settings_change(setup, tmp_path):
     first = evaluate.evaluate(lambda: model, tok, cfg, tmp_path, "theta_o", corpus)
     assert evaluate.evaluate(never, tok, cfg, tmp_path, "theta_o", corpus) == first
     other = replace(cfg, limit=3)
-    assert evaluate.evaluate(lambda: model, tok, other, tmp_path, "theta_o", corpus)["n"]["UE"]["KM"] == 3
+    fewer = evaluate.evaluate(lambda: model, tok, other, tmp_path, "theta_o", corpus)
+    assert fewer["n"]["UE"]["KM"] == 3
 
 
 def test_bootstrap_interval_of_a_constant_is_the_constant():
