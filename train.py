@@ -47,8 +47,8 @@ BENCHES = {
     ("muse_news",  "rmu"): dict(epochs=2,  lr=1e-3, rho=0.10, lam=1e-3, batch=4,
                                 steer=12, scale=5, gamma=5, **PARTS, **MUSE_NEWS),
     # ours: calibrated on the embedded corpus, see README
-    ("toy",        "npo"): dict(epochs=6,  lr=2e-4, rho=0.10, lam=3e-4, batch=4,
-                                beta=2.0, gamma=3, **TOY),
+    ("toy",        "npo"): dict(epochs=7,  lr=2e-4, rho=0.10, lam=3e-4, batch=4,
+                                beta=4.0, gamma=1, **TOY),
     ("toy",        "rmu"): dict(epochs=5,  lr=1e-3, rho=0.10, lam=3e-4, batch=4,
                                 steer=20, scale=5, gamma=5, layer=2,
                                 trainable="0-2 mlp", **TOY),
