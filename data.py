@@ -153,6 +153,7 @@ def read_columns(source, config, split, columns, corpus=None):
     Raises ValueError that names file, row and column where one is missing or empty.
     """
     from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetsError
     where = f"{source}/{config}/{split}"
     if source == TOY:
         data = Dataset.from_list(corpus[config, split])
@@ -162,7 +163,11 @@ def read_columns(source, config, split, columns, corpus=None):
             data = Dataset.from_dict({"text": [where.read_text(encoding="utf-8")]})
         else:
             kind = "parquet" if where.suffix == ".parquet" else "json"
-            data = load_dataset(kind, data_files=str(where), split="train")
+            try:
+                data = load_dataset(kind, data_files=str(where), split="train")
+            except DatasetsError as error:
+                raise ValueError(f"{where} cannot be read as {kind}: "
+                                 f"{str(error.__cause__ or error).splitlines()[0]}") from None
     elif source.startswith((".", "/", "~")):
         raise ValueError(f"the data folder {source} does not exist")
     else:

@@ -33,6 +33,7 @@ ZEPHYR, LLAMA2 = "HuggingFaceH4/zephyr-7b-beta", "meta-llama/Llama-2-7b-hf"
 PARTS = dict(layer=7, trainable="5-7 mlp.down_proj")  # C.2: "the 6th parameter in layers 5-7"
 MUSE_BOOKS = dict(model=BOOKS, data="muse-bench/MUSE-Books", tokenizer=LLAMA2, T=2048)
 MUSE_NEWS = dict(model=NEWS, data="muse-bench/MUSE-News", tokenizer=LLAMA2, T=2048)
+WMDP = dict(model=ZEPHYR, data="cais/wmdp", T=(512, 768), rows="pages")  # T: bio, cyber
 TOY = dict(model="toy", data="toy", T=104, rows="pages", gen_batch=100)
 
 # Table A1 and Appendix C.2. batch is GLOBAL and counts triples; T is not in the paper.    fmt: off
@@ -46,6 +47,10 @@ BENCHES = {
                                 beta=0.1, gamma=1, **MUSE_NEWS),
     ("muse_news",  "rmu"): dict(epochs=2,  lr=1e-3, rho=0.10, lam=1e-3, batch=4,
                                 steer=12, scale=5, gamma=5, **PARTS, **MUSE_NEWS),
+    ("wmdp",       "npo"): dict(epochs=3,  lr=5e-5, rho=0.10, lam=5e-4, batch=4,
+                                beta=0.5, gamma=12, **WMDP),
+    ("wmdp",       "rmu"): dict(epochs=4,  lr=5e-5, rho=0.10, lam=5e-4, batch=4,
+                                steer=85, scale=10, gamma=10, **PARTS, **WMDP),
     # ours: calibrated on the embedded corpus, see README
     ("toy",        "npo"): dict(epochs=7,  lr=2e-4, rho=0.10, lam=3e-4, batch=4,
                                 beta=4.0, gamma=1, **TOY),
@@ -61,6 +66,7 @@ THETA_O_FIT = dict(epochs=22, lr=4.5e-3, beta2=0.95, batch=16, T=192, warmup=0.1
 
 
 SINK_ROWS, SINK_T = 32, 128  # how much of D_f the sink strength is measured on
+SNIPPET = 100  # characters of a passage that tell it from every other
 
 
 def opt(default, help):
@@ -70,7 +76,7 @@ def opt(default, help):
 @dataclass(frozen=True)
 class Config:
     """Every setting; a flag overrides the BENCHES row, which overrides the default here."""
-    bench: str = opt("toy", "toy, muse_books or muse_news")
+    bench: str = opt("toy", "toy, muse_books, muse_news; wmdp: settings only so far")
     method: str = opt("npo", "l_f and l_r: npo or rmu")
     objective: str = opt("paper", "paper, or released: what the released code does")
     npo_unit: str = opt("token", "x of (A1): token, sequence, or logits (released)")
@@ -158,7 +164,8 @@ def check(cfg):
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, "
                              f"got {getattr(cfg, name)!r}")
     for name, low in AT_LEAST.items():
-        if not getattr(cfg, name) >= low:
+        value = getattr(cfg, name)
+        if not min(value if isinstance(value, tuple) else (value,)) >= low:
             raise ValueError(f"--{name} must be at least {low}, got {getattr(cfg, name)}")
     if not 0 <= cfg.rho < 1:
         raise ValueError(f"--rho must lie in [0, 1), got {cfg.rho}")
@@ -627,17 +634,22 @@ def theta_u_of(cfg, origin, splits, theta_o, tok, device, corpus):
 
 
 def in_poisoned_rows(corpus, cfg, tok, splits):
-    """How many KnowMem questions and VerbMem passages stand in the text of D_p."""
-    texts = [tok.decode(ids[mask]) for ids, mask in zip(splits.p.ids, splits.p.mask)]
+    """How many KnowMem questions and VerbMem passages (their first SNIPPET characters) D_p holds."""
+    rows, index = (splits.f, splits.p_index) if cfg.objective == "paper" else \
+        (splits.p, range(len(splits.p.ids)))
+    texts = [tok.decode(rows.ids[i][rows.mask[i]]) for i in index]
     asked = data.read_columns(cfg.data, "knowmem", "forget_qa", ["question"], corpus)
     recited = data.read_columns(cfg.data, "verbmem", "forget", ["gt"], corpus)
-    return {name: sum(any(row[0][:cfg.T] in text for text in texts) for row in rows)
+    return {name: sum(any(row[0][:SNIPPET] in text for text in texts) for row in rows)
             for name, rows in (("KM", asked), ("VM", recited))}
 
 
 def main(argv=None):
     import plots
     cfg, origin = parse_config(argv)
+    if cfg.bench == "wmdp":
+        raise ValueError("bench wmdp has its settings here, but not yet its corpora and its "
+                         "multiple-choice scoring: use toy, muse_books or muse_news")
     device = device_of(cfg)
     corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if data.TOY in (cfg.model, cfg.data) \
         else None

