@@ -131,13 +131,12 @@ def _shade(axis, o, u, panel):
     low, high = (-5, (mean(o, gy, cy) + mean(u, gy, cy)) / 2) if gy == "UE" else \
         (0.9 * mean(o, gy, cy), 105)
     axis.fill_between([left, 105], low, high, color="#E69F00", alpha=0.18, linewidth=0)
-    axis.text(104, low + 1 if gy == "UE" else high - 1, "desired", ha="right", fontsize=9,
-              va="bottom" if gy == "UE" else "top", color="#8A5F00")
+    axis.text(left + 2, (low + high) / 2, "desired", va="center", fontsize=9, color="#8A5F00")
 
 
 def _point(axis, found, panel, name, label, filled):
     gx, cx, gy, cy = panel
-    axis.scatter(mean(found, gx, cx), mean(found, gy, cy), s=110, marker=MARKERS[name], label=label,
+    axis.scatter(mean(found, gx, cx), mean(found, gy, cy), s=90 if filled else 230, marker=MARKERS[name], label=label,
                  facecolors=COLORS[name] if filled else "none", edgecolors=COLORS[name],
                  linewidths=1.8, zorder=3)
 
