@@ -119,7 +119,7 @@ def fig2(runs, cfg, path):
                  ylabel=f"{panel[2]} {panel[3]} (%), {condition}")
         axis.grid(alpha=0.25)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False)
+    figure.legend(handles, labels, loc="lower center", ncol=5, frameon=False)
     figure.tight_layout(rect=(0, 0.14, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -130,8 +130,8 @@ def _shade(axis, o, u, panel):
     left = (mean(o, gx, cx) + mean(u, gx, cx)) / 2
     low, high = (-5, (mean(o, gy, cy) + mean(u, gy, cy)) / 2) if gy == "UE" else \
         (0.9 * mean(o, gy, cy), 105)
-    axis.fill_between([left, 105], low, high, color="#E69F00", alpha=0.18, linewidth=0)
-    axis.text(left + 2, (low + high) / 2, "desired", va="center", fontsize=9, color="#8A5F00")
+    axis.fill_between([left, 105], low, high, color="#E69F00", alpha=0.18, linewidth=0,
+                      label="desired region")
 
 
 def _point(axis, found, panel, name, label, filled):
