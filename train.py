@@ -295,9 +295,9 @@ def fit(model, params, loss_at, steps, lr_at, log_file, cfg, betas=(0.9, 0.999))
 
 def step_line(row, terms, steps, spent):
     parts = " + ".join(f"{name} {row[name]:.4g}" for name in terms)
-    left = (steps - row["step"]) * row["seconds"] / row["step"]
+    minutes, seconds = divmod(round((steps - row["step"]) * row["seconds"] / row["step"]), 60)
     return (f"  step {row['step']}/{steps} | loss {row['loss']:.4g} = {parts} | "
-            f"gnorm {row['gnorm']:.2g} | {spent:.1f} s | eta {left // 60:.0f}:{left % 60:02.0f}")
+            f"gnorm {row['gnorm']:.2g} | {spent:.1f} s | eta {minutes}:{seconds:02d}")
 
 
 def stop_if_not_finite(step, terms):
