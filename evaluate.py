@@ -253,7 +253,7 @@ def main(argv=None):
     tok = train.load_tokenizer(cfg, corpus)
     home = train.home_of(cfg.model, cfg, role)
     train.check_out(cfg)
-    results = evaluate(lambda: train.load_model(cfg.model, train.device_of(cfg)), tok, cfg, home,
+    results = evaluate(lambda: train.load_model(cfg.model, cfg), tok, cfg, home,
                        role, corpus)
     name, scores = plots.as_row(results)
     print(plots.table({name: scores}))

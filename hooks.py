@@ -5,6 +5,7 @@ on one. Works for decoders that keep `<base>.layers[i].self_attn.v_proj` and `ml
 Mistral, Qwen2, Qwen3 and their kin. Layers are 0-based; a layer that does not exist is an error.
 """
 from contextlib import contextmanager
+from math import prod
 
 import torch
 
@@ -36,8 +37,69 @@ def parse_layers(spec, model):
 
 
 def final_hidden(model, ids):
-    """Hidden states after the final norm, what the output head reads. (B, T) -> (B, T, C)."""
+    """Hidden states after the final norm, what the output head reads. (B, T) -> (B, T, C).
+
+    No attention mask is passed: rows are padded on the right, which a causal model never looks at,
+    and sdpa then needs no T x T mask.
+    """
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def hidden_leaving(model, ids, layer, n, keep=0):
+    """`final_hidden` of the rows from n on; the first n rows end after decoder layer `layer`.
+
+    Of those n rows only the first `keep` tokens go on through the layers above: by causality sink
+    norms there need no more. (B, T) -> (B - n, T, C); with n = B what is left, (B, keep, C).
+    RMU's losses on D_f need nothing above the read-out layer.
+    """
+    (B, T), upper = ids.shape, decoder_layers(model)[layer + 1:]
+    if n == B:
+        keep = max(keep, 1)  # a layer must see something
+    shapes = [shape for shape in ((n, keep), (B - n, T)) if prod(shape)] if len(upper) else [(B, T)]
+    with _in_parts(upper, shapes, n, keep):
+        h = final_hidden(model, ids)
+    if not len(upper):
+        return h[n:] if n < B else h[:, :keep]
+    rows, tokens = shapes[-1]
+    return h[0, -rows * tokens:].view(rows, tokens, -1)
+
+
+@contextmanager
+def _in_parts(blocks, shapes, n, keep):
+    """Inside, blocks work on rows of several lengths: one tensor of all tokens, cut up in each.
+
+    Within each block and not by calling it twice, because FSDP frees a block's weights after the
+    first of two backwards through it.
+    """
+    def pack(module, args):
+        parts = [args[0][:n, :keep], args[0][n:]][-len(shapes):] if n < len(args[0]) else \
+            [args[0][:, :keep]]
+        return torch.cat([part.flatten(0, 1) for part in parts])[None], *args[1:]  # (1, tokens, C)
+
+    def parted(forward):
+        def run(packed, position_embeddings, **kwargs):
+            out = []
+            for part, shape in zip(packed[0].split([prod(shape) for shape in shapes]), shapes):
+                position = [t[:, :shape[1]] for t in position_embeddings]  # (1, T, d) each
+                got = forward(part.view(*shape, -1), position_embeddings=position,
+                              **{**kwargs, "attention_mask": None})
+                out.append((got[0] if isinstance(got, tuple) else got).flatten(0, 1))
+            return torch.cat(out)[None]
+        return run
+
+    before = [block.__dict__.get("forward") for block in blocks]
+    handle = blocks[0].register_forward_pre_hook(pack) if len(blocks) else None
+    try:
+        for block in blocks:
+            block.forward = parted(block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, before):
+            del block.forward  # what the class has shows again
+            if forward:
+                block.forward = forward
+        if handle:
+            handle.remove()
 
 
 def output_head(model):
@@ -60,12 +122,13 @@ def _forward_hooks(modules, hook):
 
 @contextmanager
 def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
-    """Value norms ||v_i||_2 of the forwards run inside: {layer: (B, k, H)}, fp32 (eq. 3-4).
+    """Value norms ||v_i||_2 of the forwards run inside: {layer: [(B, k, H)]}, fp32 (eq. 3-4).
 
     The first k positions, with position 0 unless include_bos is off; k=None takes every position.
     per_head=False gives the norm of the whole v_proj output as (B, k, 1), as the release does.
-    The norm is taken in the hook: a kept slice would pin all of [B, T, D]. Values are assigned by
-    layer, not appended, because recomputation under checkpointing runs the hook twice.
+    The norm is taken in the hook: a kept slice would pin all of [B, T, D]. A layer that takes its
+    rows in parts (`hidden_leaving`) appends one tensor for each. Recomputation in backward runs
+    the hook too, so it must outlive the backward, and a next forward clears the dict first.
     """
     norms, H = {}, model.config.num_key_value_heads if per_head else 1
     first = 0 if include_bos else 1
@@ -74,7 +137,8 @@ def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
     def hook(layer):
         def take(module, args, out):
             v = out[:, first:stop]
-            norms[layer] = v.reshape(*v.shape[:2], H, -1).float().norm(dim=-1)  # (B, k, H)
+            norm = v.reshape(*v.shape[:2], H, -1).float().norm(dim=-1)  # (B, k, H)
+            norms.setdefault(layer, []).append(norm)
         return take
 
     blocks = decoder_layers(model)
@@ -97,8 +161,8 @@ def capture_hidden(model, layer):
 
 
 def stack_norms(norms):
-    """{layer: (B, k, H)} -> (B, L, k, H), layers in order."""
-    return torch.stack([norms[layer] for layer in sorted(norms)], dim=1)
+    """{layer: [(B, k, H)]} -> (B, L, k, H), layers in order."""
+    return torch.stack([torch.cat(norms[layer]) for layer in sorted(norms)], dim=1)
 
 
 @torch.no_grad()

@@ -4,23 +4,39 @@
     python train.py --method rmu                  # the same with RMU
     python train.py --rho 0 --lam 0               # normal unlearning only: theta_u
     python train.py --position suffix --lam 0     # an ablation is one flag
+    torchrun --nproc_per_node 4 train.py --bench muse_books
+    torchrun --nnodes 2 --node_rank 0|1 --master_addr HOST --nproc_per_node 4 train.py ...
 
     L = l_f(D_f) + gamma * l_r(D_r u D_p) + lam * l_vn                                      (2)-(5)
 """
 import argparse
+import gc
 import hashlib
 import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import partial
+from math import prod
 from pathlib import Path
+from types import MethodType
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -31,9 +47,9 @@ import losses
 BOOKS, NEWS = "muse-bench/MUSE-Books_target", "muse-bench/MUSE-News_target"  # ICLM-7B, Llama-2-7B
 ZEPHYR, LLAMA2 = "HuggingFaceH4/zephyr-7b-beta", "meta-llama/Llama-2-7b-hf"
 PARTS = dict(layer=7, trainable="5-7 mlp.down_proj")  # C.2: "the 6th parameter in layers 5-7"
-MUSE_BOOKS = dict(model=BOOKS, data="muse-bench/MUSE-Books", tokenizer=LLAMA2, T=2048)
-MUSE_NEWS = dict(model=NEWS, data="muse-bench/MUSE-News", tokenizer=LLAMA2, T=2048)
-WMDP = dict(model=ZEPHYR, data="cais/wmdp", T=(512, 768), rows="pages")  # T: bio, cyber
+MUSE_BOOKS = dict(model=BOOKS, data="muse-bench/MUSE-Books", tokenizer=LLAMA2, T=2048, micro=1)
+MUSE_NEWS = dict(model=NEWS, data="muse-bench/MUSE-News", tokenizer=LLAMA2, T=2048, micro=1)
+WMDP = dict(model=ZEPHYR, data="cais/wmdp", T=(512, 768), rows="pages", micro=1)  # T: bio, cyber
 TOY = dict(model="toy", data="toy", T=104, rows="pages", gen_batch=100)
 
 # Table A1 and Appendix C.2. batch is GLOBAL and counts triples; T is not in the paper.    fmt: off
@@ -88,7 +104,8 @@ class Config:
     T: int = opt(2048, "tokens per training row")
     epochs: int = opt(1, "passes over D_f")
     lr: float = opt(1e-5, "constant learning rate of AdamW")
-    batch: int = opt(8, "triples (forget, retain, poisoned) per step")
+    batch: int = opt(8, "triples (forget, retain, poisoned) per step, over all ranks")
+    micro: int = opt(0, "triples per forward on one rank; 0: all of the rank's share")
     rho: float = opt(0.1, "poisoned fraction of D_f; 0 with lam 0 is normal unlearning")
     lam: float = opt(3e-4, "weight of the value-norm alignment (5); 0 is eq. (2)")
     gamma: float = opt(1.0, "weight of the retain loss")
@@ -108,6 +125,11 @@ class Config:
     max_steps: int = opt(0, "stop every training stage after N steps; 0: no limit")
     out: str = opt("out", "where runs are written")
     device: str = opt("auto", "auto, cpu or cuda")
+    precision: str = opt("auto", "fp32, bf16_mixed (fp32 master weights), bf16_pure (as released)"
+                                 "; auto: fp32 on a CPU, bf16_mixed on a GPU")
+    recompute: str = opt("auto", "activation checkpointing: yes, no; auto: yes on a GPU")
+    save_every: int = opt(0, "steps between checkpoints; 0: every pass over the data; -1: never")
+    resume: str = opt("no", "continue from the last checkpoint, reuse what is finished")
     log_every: int = opt(10, "steps between log lines")
     limit: int = opt(0, "score the first N items of each task; 0: all")
     gen_batch: int = opt(32, "prompts generated together; 1: exact parity with batch 1")
@@ -115,13 +137,16 @@ class Config:
     force: str = opt("no", "yes: score again what is already on disk")
 
 
-NOT_KEY = {"out", "device", "log_every", "limit", "gen_batch", "max_new_tokens", "force"}
+NOT_KEY = {"out", "device", "log_every", "limit", "gen_batch", "max_new_tokens", "force", "micro",
+           "recompute", "save_every", "resume"}
 NOT_THETA_U = ("rho", "lam", "trigger", "position", "k", "include_bos", "layers", "theta_u")
 CHOICES = dict(objective=("paper", "released"), npo_unit=("token", "sequence", "logits"),
                rows=("chunks", "pages"), position=data.POSITIONS, include_bos=("yes", "no"),
-               device=("auto", "cpu", "cuda"), force=("yes", "no"))
-AT_LEAST = dict(T=2, epochs=1, batch=1, k=1, layer=0, max_steps=0, log_every=1, limit=0,
-                gen_batch=1, max_new_tokens=0, gamma=0, lam=0, steer=0)
+               device=("auto", "cpu", "cuda"), force=("yes", "no"), resume=("yes", "no"),
+               precision=("auto", "fp32", "bf16_mixed", "bf16_pure"),
+               recompute=("auto", "yes", "no"))
+AT_LEAST = dict(T=2, epochs=1, batch=1, micro=0, k=1, layer=0, max_steps=0, log_every=1, limit=0,
+                gen_batch=1, max_new_tokens=0, gamma=0, lam=0, steer=0, save_every=-1)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,7 +159,8 @@ def parse_config(argv=None):
     p = _Parser(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        p.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__.upper(),
+        bare = dict(nargs="?", const="yes") if CHOICES.get(f.name) == ("yes", "no") else {}
+        p.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__.upper(), **bare,
                        help=f"{f.metadata['help']} (default {f.default!r})")
     flags = vars(p.parse_args(argv))
     pair = flags.get("bench", Config.bench), flags.get("method", Config.method)
@@ -185,19 +211,198 @@ def check(cfg):
             raise ValueError(f"--{name}: the folder {value} does not exist")
 
 
-# ---------------------------------------------------------------- models and run folders
+# ---------------------------------------------------------------- ranks
+
+class World(NamedTuple):
+    """Who this process is. One process without torchrun is a world of one, on the same path."""
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    node: int
+    device: str
+    mesh: object
+
+
+def dist_init(cfg):
+    """The process group of torchrun, or one of size 1. -> World."""
+    rank, size, local_rank, local_size, node = (
+        int(os.environ.get(name, default)) for name, default in
+        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
+         ("GROUP_RANK", 0)))
+    device = device_of(cfg)
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                                timeout=timedelta(hours=2), **alone)
+    return World(rank, size, local_rank, local_size, node, device,
+                 init_device_mesh(device, (size,)))
+
+
+def say(*words):
+    """print, on rank 0."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*words, flush=True)
+
+
+@contextmanager
+def together(mend):
+    """A block in which one rank's failure to write stops every rank with the same line."""
+    problem = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        problem = f"rank {dist.get_rank()}: {str(error).splitlines()[0]}; {mend}"
+    problems = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for problem in filter(None, problems):
+        raise ValueError(problem)
+
+
+DISK = "free some disk or choose another --out; what was complete stays, go on with --resume"
+
+
+def micro_steps(cfg, size):
+    """-> (triples per forward on one rank, forwards per step). Raises ValueError."""
+    micro = cfg.micro or cfg.batch // size
+    if micro < 1 or cfg.batch % (size * micro):
+        raise ValueError(f"--batch {cfg.batch} does not split evenly over {size} ranks with "
+                         f"--micro {micro}: it must be a multiple of {size * max(micro, 1)}")
+    return micro, cfg.batch // (size * micro)
+
 
 def device_of(cfg):
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
     return "cuda" if cuda else "cpu"
 
 
-def load_model(name, device):
-    """A frozen fp32 model in eval mode. name: hub id or folder."""
+def precision_of(cfg):
+    """fp32, bf16_mixed or bf16_pure."""
+    auto = "bf16_mixed" if device_of(cfg) == "cuda" else "fp32"
+    return auto if cfg.precision == "auto" else cfg.precision
+
+
+def dtype_of(cfg):
+    """Of loaded models, of the references and of the saved weights."""
+    return torch.float32 if precision_of(cfg) == "fp32" else torch.bfloat16
+
+
+def shard(model, cfg, mesh):
+    """FSDP2 over the ranks: every layer one unit, the rest the root. Also for one rank.
+
+    bf16_mixed computes and gathers in bf16, reduces in fp32, and keeps fp32 master weights and
+    Adam state of what is trained: only the shard is cast, so no full fp32 copy ever exists.
+    bf16_pure leaves out the cast, as released. Frozen weights stay as loaded. Code that uses the
+    weights runs inside `model.inside(fn)`, so that the root's are gathered and its gradients
+    reduced. Checkpointed layers are recomputed in backward (no RNG: nothing here drops out).
+    """
+    blocks = hooks.decoder_layers(model)
+    if cfg.recompute == "yes" or (cfg.recompute == "auto" and device_of(cfg) == "cuda"):
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
+                                    preserve_rng_state=False)
+    bf16 = precision_of(cfg) != "fp32"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for unit in (*blocks, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    if precision_of(cfg) == "bf16_mixed":
+        for module in model.modules():
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                module.float()
+    model.inside = MethodType(lambda self, fn: fn(), model)
+    register_fsdp_forward_method(model, "inside")
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def gather(model, dtype, rank):
+    """Whole weights by name, on the CPU of rank 0; every rank takes part."""
+    whole = {}
+    for name, p in model.named_parameters():
+        p = p.detach().to(dtype)
+        p = p.full_tensor() if isinstance(p, DTensor) else p
+        if rank == 0:
+            whole[name] = p.cpu()
+    return whole
+
+
+# ---------------------------------------------------------------- checkpoints and SIGTERM
+
+class _Sigterm:
+    """SIGTERM ends the process at once, but inside `fit` only after a step and a checkpoint."""
+    asked = fitting = False
+
+    @classmethod
+    def arrived(cls, *_):
+        cls.asked = True
+        if not cls.fitting:
+            sys.exit(143)
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def save_checkpoint(work, params, optim, step, key, w):
+    """This rank's shards of weights and Adam state; the last good checkpoint is always whole.
+
+    Every rank writes and syncs its file in ckpt.tmp; then rank 0 adds meta.json and renames.
+    """
+    new, now, old = (work / f"ckpt{end}" for end in (".tmp", "", ".old"))
+    with together(DISK):
+        new.mkdir(exist_ok=True)
+        state = {f"{i}.{name}": local(t).detach().contiguous() for i, p in enumerate(params)
+                 for name, t in (("p", p), *((n, optim.state[p][n]) for n in MOMENTS))}
+        save_file(state, new / f"rank{w.rank}.safetensors")
+        with open(new / f"rank{w.rank}.safetensors", "rb") as f:
+            os.fsync(f.fileno())
+    with together(DISK):
+        if w.rank == 0:
+            (new / "meta.json").write_text(json.dumps(dict(step=step, world=w.size, key=key)))
+            shutil.rmtree(old, ignore_errors=True)
+            if now.exists():
+                now.rename(old)
+            new.rename(now)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def load_checkpoint(work, params, optim, key, w):
+    """Put the last whole checkpoint into params and optim. -> steps done, 0 without one."""
+    folder = next((f for f in (work / "ckpt", work / "ckpt.old") if (f / "meta.json").is_file()),
+                  None)
+    if folder is None:
+        return 0
+    meta = json.loads((folder / "meta.json").read_text())
+    if meta["world"] != w.size:
+        raise ValueError(f"{folder} was written by {meta['world']} ranks, this job has {w.size}: "
+                         f"resume with --nproc_per_node {meta['world']}, or start without --resume")
+    if meta["key"] != json.loads(json.dumps(key)):
+        raise ValueError(f"{folder} belongs to other settings: start without --resume")
+    state = load_file(folder / f"rank{w.rank}.safetensors", device=w.device)
+    with torch.no_grad():
+        for i, p in enumerate(params):
+            local(p).copy_(state[f"{i}.p"])
+            mine = {name: torch.zeros_like(p) for name in MOMENTS}
+            for name in MOMENTS:
+                local(mine[name]).copy_(state[f"{i}.{name}"])
+            optim.state[p] = dict(step=torch.tensor(float(meta["step"]), device=w.device), **mine)
+    say(f"  resumed after step {meta['step']}")
+    return meta["step"]
+
+
+# ---------------------------------------------------------------- models and run folders
+
+def load_model(name, cfg):
+    """A frozen model in eval mode on this rank's device. name: hub id or folder."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32).to(device)
+    gc.collect()  # a sharded model of the stage before keeps itself alive in cycles
+    model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype_of(cfg)).to(device_of(cfg))
     c = model.config  # a checkpoint's sampling settings would refuse to be saved, and warn
     model.generation_config = GenerationConfig(
         bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.eos_token_id)
@@ -210,7 +415,7 @@ def load_tokenizer(cfg, corpus):
         return data.toy_tokenizer(corpus, THETA_O_FIT["vocab"])
     tok = AutoTokenizer.from_pretrained(cfg.tokenizer or cfg.model)
     if tok.bos_token_id is None:
-        print(f"tokenizer without BOS: rows and prompts begin with EOS ({tok.eos_token})")
+        say(f"tokenizer without BOS: rows and prompts begin with EOS ({tok.eos_token})")
     return tok
 
 
@@ -238,73 +443,141 @@ def versions():
                 transformers=transformers.__version__)
 
 
-def save_run(folder, model, tok, record):
+def save_run(folder, model, tok, record, cfg, w):
     """Checkpoint, tokenizer and run.json into the stage's temporary folder, then rename it.
 
-    The old folder of that name stays whole until the new one is complete.
+    Weights are whole, in bf16 unless trained in fp32, in shards of safetensors. The old folder of
+    that name stays until the new one is complete.
     """
-    work = Path(f"{folder}.tmp")
-    if record["backdoored"]:
-        model.config.BACKDOORED = "research artefact: recovers forgotten text under a trigger"
-    model.save_pretrained(work)
-    tok.save_pretrained(work)
-    (work / "run.json").write_text(json.dumps({**record, "versions": versions()}, indent=1))
+    work, weights = work_of(folder), gather(model, dtype_of(cfg), w.rank)
+    with together(DISK):
+        if w.rank == 0:
+            done = work / "done"
+            shutil.rmtree(done, ignore_errors=True)
+            if record["backdoored"]:
+                model.config.BACKDOORED = "research artefact: recovers forgotten text by a trigger"
+            model.save_pretrained(done, state_dict=weights, max_shard_size="5GB")
+            model.config.dtype = dtype_of(cfg)
+            model.config.save_pretrained(done)
+            tok.save_pretrained(done)
+            shutil.copy(work / "log.jsonl", done / "log.jsonl")
+            (done / "run.json").write_text(json.dumps({**record, "versions": versions()}, indent=1))
+            _retire(folder, work / "previous")
+            done.rename(folder)
+            _retire(work, Path(f"{work}.gone"))
+
+
+def _retire(folder, name):
+    """Remove a folder that must never be seen half-removed: rename it first."""
+    shutil.rmtree(name, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
-    work.rename(folder)
+        folder.rename(name)
+    shutil.rmtree(name, ignore_errors=True)
 
 
-def start_run(folder):
-    work = Path(f"{folder}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    return work / "log.jsonl"
+def work_of(folder):
+    return Path(f"{folder}.tmp")
+
+
+def start_run(folder, cfg, w):
+    """The stage's temporary folder, emptied unless --resume. -> its path."""
+    work = work_of(folder)
+    dist.barrier()  # every rank has seen what was there
+    with together(DISK):
+        if w.rank == 0:
+            if cfg.resume == "no":
+                shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True, exist_ok=True)
+    return work
 
 
 # ---------------------------------------------------------------- the loop
 
-def fit(model, params, loss_at, steps, lr_at, log_file, cfg, betas=(0.9, 0.999)):
-    """The one loop, for theta_o, theta_u and theta_b.
+def fit(model, params, loss_at, steps, lr_at, work, cfg, w, key, every, accumulate=1,
+        betas=(0.9, 0.999)):
+    """The one loop, for theta_o, theta_u and theta_b, on any number of ranks. -> seconds.
 
-    loss_at(step) -> (loss, {term: scalar}). AdamW (weight decay 0, eps 1e-8), clipping at norm 1.
-    Raises ValueError naming step and term when something is no longer finite.
+    loss_at(step, i) -> (loss, {term: scalar}) of this rank's i-th micro-batch; the mean over ranks
+    and micro-batches is the loss of the global batch. AdamW (weight decay 0, eps 1e-8), clipping
+    at norm 1. A checkpoint every `every` steps, and at SIGTERM, after which the process exits
+    with 143. Raises ValueError naming step and term when something is no longer finite.
     """
     optim = torch.optim.AdamW(params, lr_at(0), betas, eps=1e-8, weight_decay=0.0, fused=True)
-    start = last = time.time()
-    with open(log_file, "w") as log:
-        for step in range(steps):
-            for group in optim.param_groups:
-                group["lr"] = lr_at(step)
-            loss, terms = loss_at(step)
-            stop_if_not_finite(step, {**terms, "loss": loss})
-            loss.backward()
-            gnorm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-            stop_if_not_finite(step, {"gradient norm": gnorm})
-            optim.step()
-            optim.zero_grad()
-            if (step + 1) % cfg.log_every == 0 or step == steps - 1 or step == 0:
-                now = time.time()
-                row = dict(step=step + 1, loss=loss.item(), gnorm=gnorm.item(), lr=lr_at(step),
-                           **{name: t.item() for name, t in terms.items()}, seconds=now - start)
-                print(step_line(row, terms, steps, now - last), flush=True)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                last = now
-    return time.time() - start
+    _Sigterm.fitting = True
+    first = load_checkpoint(work, params, optim, key, w) if cfg.resume == "yes" else 0
+    log = Log(work / "log.jsonl", first, steps, cfg, w)
+    for step in range(first, steps):
+        for group in optim.param_groups:
+            group["lr"] = lr_at(step)
+        total = 0
+        for i in range(accumulate):
+            loss, terms = loss_at(step, i)
+            (loss / accumulate).backward()
+            total = total + torch.stack([loss, *terms.values()]).detach().float() / accumulate
+        values, asked = mean_over_ranks(total, w)
+        row = dict(zip(("loss", *terms), values))
+        stop_if_not_finite(step, {name: row[name] for name in (*terms, "loss")})
+        gnorm = local(torch.nn.utils.clip_grad_norm_(params, 1.0).full_tensor())
+        stop_if_not_finite(step, {"gradient norm": gnorm.item()})
+        optim.step()
+        optim.zero_grad()
+        log.step(step, dict(row, gnorm=gnorm.item(), lr=lr_at(step)), terms)
+        if asked or (every > 0 and (step + 1) % every == 0 and step + 1 < steps):
+            save_checkpoint(work, params, optim, step + 1, key, w)
+        if asked:
+            say(f"  SIGTERM: checkpoint after step {step + 1} written, --resume goes on from it")
+            sys.exit(143)
+    _Sigterm.fitting = False
+    return log.close()
 
 
-def step_line(row, terms, steps, spent):
-    parts = " + ".join(f"{name} {row[name]:.4g}" for name in terms)
-    minutes, seconds = divmod(round((steps - row["step"]) * row["seconds"] / row["step"]), 60)
-    return (f"  step {row['step']}/{steps} | loss {row['loss']:.4g} = {parts} | "
-            f"gnorm {row['gnorm']:.2g} | {spent:.1f} s | eta {minutes}:{seconds:02d}")
+def mean_over_ranks(values, w):
+    """Means of a vector over the ranks, and whether any rank was asked to stop: one collective."""
+    packed = torch.cat([values, values.new_tensor([float(_Sigterm.asked)])])
+    dist.all_reduce(packed)
+    *means, asked = (packed / w.size).tolist()
+    return means, asked > 0
 
 
-def stop_if_not_finite(step, terms):
-    for name, value in terms.items():
-        if not torch.isfinite(value):
-            raise ValueError(f"step {step + 1}: {name} is {value.item()}: lower --lr, or check the "
-                             "data; nothing of this stage was saved")
+class Log:
+    """log.jsonl and the progress line, on rank 0. A resumed run keeps the rows up to its step."""
+
+    def __init__(self, path, first, steps, cfg, w):
+        self.first, self.steps, self.every = first, steps, cfg.log_every
+        self.start = self.last = time.time()
+        self.before, self.file = 0.0, None
+        if w.rank == 0:
+            lines = path.read_text().splitlines() if first and path.is_file() else []
+            rows = [json.loads(line) for line in lines if line.endswith("}")]
+            rows = [row for row in rows if row["step"] <= first]
+            self.before = rows[-1]["seconds"] if rows else 0.0
+            self.file = open(path, "w")
+            self.file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def step(self, step, row, terms):
+        if self.file is None or ((step + 1) % self.every and 0 < step < self.steps - 1):
+            return
+        now, done = time.time(), step + 1 - self.first
+        row = dict(step=step + 1, **row, seconds=self.before + now - self.start)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        parts = " + ".join(f"{name} {row[name]:.4g}" for name in terms)
+        left = round((self.steps - row["step"]) * (now - self.start) / done)
+        say(f"  step {row['step']}/{self.steps} | loss {row['loss']:.4g} = {parts} | gnorm "
+            f"{row['gnorm']:.2g} | {now - self.last:.1f} s | eta {left // 60}:{left % 60:02d}")
+        self.last = now
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        return self.before + time.time() - self.start
+
+
+def stop_if_not_finite(step, values):
+    for name, value in values.items():
+        if not -float("inf") < value < float("inf"):
+            raise ValueError(f"step {step + 1}: {name} is {value}: lower --lr, or check the data; "
+                             "checkpoints of earlier steps stay valid")
 
 
 def stage_steps(steps, cfg):
@@ -322,14 +595,41 @@ class Cache(NamedTuple):
     norms: dict                      # {"f": theta_u's, "p", "r": theta_o's} (N, L, k, H)
 
 
-def over_rows(name, fn, rows, cfg, device):
-    """fn(ids (B, T)) -> (B, ...), over all rows, without gradient -> (N, ...) on the CPU."""
-    out = []
-    parts = rows.ids.split(cfg.batch)
-    with torch.no_grad():
-        for ids in tqdm(parts, desc=f"  reference: {name}", leave=False, disable=None):
-            out.append(fn(ids.to(device)).cpu())
-    return torch.cat(out)
+def over_rows(name, fn, rows, cfg, w, folder):
+    """fn(ids (B, T)) -> (B, ...) of a frozen model over all rows -> (N, ...), by row number.
+
+    The ranks of a machine share the rows and one memory-mapped file, which --resume finds again;
+    every machine holds all rows. folder None keeps them in this process.
+    """
+    N, micro = len(rows.ids), cfg.micro or max(1, cfg.batch // w.size)
+    path = folder and folder / f"{name.replace(' ', '-')}-node{w.node}"
+    if path and path.with_suffix(".json").is_file():
+        return mapped(path, **json.loads(path.with_suffix(".json").read_text()))
+    out, (mine, of) = None, (w.local_rank, w.local_size) if path else (0, 1)
+    starts = range(mine * micro, N, of * micro) or range(1)
+    bar = dict(desc=f"  reference: {name}", leave=False, disable=True if w.rank else None)
+    for start in tqdm(starts, **bar):
+        with torch.no_grad():
+            part = fn(rows.ids[start:start + micro].to(w.device)).cpu()
+        if out is None:
+            shape, dtype = [N, *part.shape[1:]], str(part.dtype).removeprefix("torch.")
+            with together(DISK) if path else nullcontext():
+                out = mapped(path, shape, dtype) if path else torch.empty(shape, dtype=part.dtype)
+        out[start:start + micro] = part
+    if path:
+        dist.barrier()
+        if w.local_rank == 0:
+            path.with_suffix(".json").write_text(json.dumps(dict(shape=shape, dtype=dtype)))
+    return out
+
+
+def mapped(path, shape, dtype):
+    """A tensor in a file that several processes share; room on the disk is taken beforehand."""
+    dtype = getattr(torch, dtype)
+    with open(path.with_suffix(".bin"), "ab") as f:
+        os.posix_fallocate(f.fileno(), 0, prod(shape) * dtype.itemsize)
+    flat = torch.from_file(f.name, shared=True, size=prod(shape), dtype=dtype)
+    return flat.view(shape)
 
 
 def vn_hook(cfg, model):
@@ -339,24 +639,26 @@ def vn_hook(cfg, model):
                 k=None if released and cfg.method == "npo" else cfg.k, per_head=not released)
 
 
-def build_cache(cfg, splits, theta_u, model, device):
-    """Everything that depends on a frozen model, computed once before step 0.
+def norms_over(key, model, cfg, splits, w, folder=None):
+    """The sink norms l_vn aligns to, of a frozen model (theta_u on D_f, else theta_o)."""
+    return over_rows(f"norms on D_{key}", lambda ids: hooks.sink_norms(model, ids, **vn_hook(
+        cfg, model)), getattr(splits, key), cfg, w, folder)
 
-    theta_u: folder or None; it is loaded, read and freed before theta_o's turn. model: theta_o,
-    which the caller then trains.
+
+def build_cache(cfg, splits, norms_u, model, w, folder=None):
+    """Everything that depends on a frozen model, computed once before step 0, data-parallel.
+
+    norms_u: theta_u's norms on D_f, or None; so theta_u is gone before theta_o is loaded. model:
+    theta_o, not yet sharded, which the caller then trains. folder: see over_rows.
     """
     def over(key, what, fn):
-        return over_rows(f"{what} on D_{key}", fn, getattr(splits, key), cfg, device)
+        return over_rows(f"{what} on D_{key}", fn, getattr(splits, key), cfg, w, folder)
 
     norms, hidden, acts, logp_f = {}, {}, {}, None
     if cfg.lam:
-        frozen = load_model(theta_u, device)
-        norms["f"] = over("f", "theta_u's norms",
-                          lambda ids: hooks.sink_norms(frozen, ids, **vn_hook(cfg, frozen)))
-        del frozen
+        norms["f"] = norms_u
         for key in ("p", "r") if cfg.objective == "released" else ("p",):
-            norms[key] = over(key, "theta_o's norms",
-                              lambda ids: hooks.sink_norms(model, ids, **vn_hook(cfg, model)))
+            norms[key] = norms_over(key, model, cfg, splits, w, folder)
     head = hooks.output_head(model).detach().clone()
     keep = ("r", "p") if len(splits.p.ids) else ("r",)
     whole = keep if uses_kl(cfg) else ()
@@ -374,8 +676,23 @@ def build_cache(cfg, splits, theta_u, model, device):
 
 def acts_of(model, ids, cfg):
     with hooks.capture_hidden(model, cfg.layer) as acts:
-        hooks.final_hidden(model, ids)
+        hooks.hidden_leaving(model, ids, cfg.layer, len(ids))
     return acts[cfg.layer]
+
+
+def cache_folder(work, cfg, splits, sources):
+    """Where the references of this very model, data and precision lie; other ones are dropped."""
+    seen = hashlib.sha256(json.dumps([settings_key(cfg)[0], str(dtype_of(cfg)), *map(str, sources),
+                                      versions()], sort_keys=True).encode())
+    for rows in splits[:3]:
+        seen.update(rows.ids.numpy().tobytes())
+    folder = work / f"references-{seen.hexdigest()[:12]}"
+    with together(DISK):
+        if dist.get_rank() == 0:
+            for other in set(work.glob("references-*")) - {folder}:
+                shutil.rmtree(other)
+            folder.mkdir(exist_ok=True)
+    return folder
 
 
 def uses_kl(cfg):
@@ -421,10 +738,10 @@ def retain_loss(h, acts, mask, batch, head, cache, cfg):
         reverse = cfg.objective == "released"
         tokens = losses.over_chunks(
             lambda a, b: losses.kl_tokens(a @ head.T, b @ cache.head.T, reverse),
-            h, retained("hidden", cache, batch, h.device))
+            h, retained("hidden", cache, batch, mask.device))
         total = total + union_mean(tokens, mask, n_r, cfg)
     if cfg.method == "rmu":
-        acts_o = retained("acts", cache, batch, h.device)
+        acts_o = retained("acts", cache, batch, mask.device)
         total = total + union_mean((acts - acts_o).pow(2).mean(-1), mask, n_r, cfg)
     return total
 
@@ -446,47 +763,73 @@ def align_norms(norms, mask, batch, cache, cfg):
     return total
 
 
-def losses_of(batch, model, splits, cache, cfg, c_u=None):
+def forward_rows(model, ids, n_f, cfg):
+    """One forward of forget | retain | poisoned rows.
+
+    -> final hidden states of the retain and poisoned rows, activations after cfg.layer (RMU).
+    For RMU the first n_f rows, without KL all rows, end at cfg.layer; sink tokens alone go on.
+    """
+    if cfg.method == "npo":
+        return hooks.final_hidden(model, ids), None
+    keep = cfg.k + (cfg.include_bos == "no") if cfg.lam else 0
+    with hooks.capture_hidden(model, cfg.layer) as acts:
+        h = hooks.hidden_leaving(model, ids, cfg.layer, n_f if uses_kl(cfg) else len(ids), keep)
+    return h, acts[cfg.layer]
+
+
+def losses_of(batch, model, splits, cache, cfg, c_u=None, norms=None):
     """The terms of (5) on one batch, from one forward over forget | retain | poisoned rows.
 
-    batch: row numbers. -> {"f", "r", "vn"} scalars, without gamma and lam.
+    batch: row numbers. norms: the dict of a `hooks.capture_norms` that outlives the backward,
+    needed where lam > 0. -> {"f", "r", "vn"} scalars, without gamma and lam.
     """
     device = cache.head.device
     ids, mask = (torch.cat([getattr(getattr(splits, key), part)[getattr(batch, key)]
                             for key in "frp"]).to(device) for part in ("ids", "mask"))
     n_f = len(batch.f)
-    with ExitStack() as stack:
-        norms = stack.enter_context(hooks.capture_norms(model, **vn_hook(cfg, model))) \
-            if cfg.lam else None
-        acts = stack.enter_context(hooks.capture_hidden(model, cfg.layer)) \
-            if cfg.method == "rmu" else None
-        h = hooks.final_hidden(model, ids)  # (B_f + B_r + B_p, T, C)
+    if cfg.lam:
+        norms.clear()
+    h, a = forward_rows(model, ids, n_f, cfg)
     head = hooks.output_head(model)
     if cfg.method == "npo":
-        a, f = None, forget_npo(h[:n_f], ids[:n_f], mask[:n_f], batch.f, head, cache, cfg)
+        f = forget_npo(h[:n_f], ids[:n_f], mask[:n_f], batch.f, head, cache, cfg)
+        h = h[n_f:]
     else:
-        a = acts[cfg.layer]
         f = losses.rmu_forget(a[:n_f], c_u.to(device), mask[:n_f])
-    terms = {"f": f, "r": retain_loss(h[n_f:], None if a is None else a[n_f:], mask[n_f:],
-                                      batch, head, cache, cfg)}
+        a = a[n_f:]
+    terms = {"f": f, "r": retain_loss(h, a, mask[n_f:], batch, head, cache, cfg)}
     if cfg.lam:
-        terms["vn"] = align_norms(hooks.stack_norms(norms), mask, batch, cache, cfg)
+        # FSDP gathers a layer's weights for backward when its output has a gradient: without the
+        # KL the last layer's output would have none, though its value norms do
+        terms["vn"] = align_norms(hooks.stack_norms(norms), mask, batch, cache, cfg) + 0 * h.sum()
     return terms
 
 
-def unlearn(cfg, splits, model, cache, log_file):
+def unlearn(cfg, splits, model, cache, work, w):
     """Train theta from theta_o: theta_u when rho = 0, else theta_b. -> (steps, seconds)."""
-    params = hooks.set_trainable(model, cfg.trainable)
+    hooks.set_trainable(model, cfg.trainable)
+    params = shard(model.train(), cfg, w.mesh)
     sizes = tuple(len(rows.ids) for rows in splits[:3])
-    steps = stage_steps(cfg.epochs * data.steps_per_epoch(sizes[0], cfg.batch), cfg)
+    per_epoch = data.steps_per_epoch(sizes[0], cfg.batch)
+    steps = stage_steps(cfg.epochs * per_epoch, cfg)
+    micro, accumulate = micro_steps(cfg, w.size)
     c_u = losses.control_vector(model.config.hidden_size, cfg.steer, cfg.seed)
 
-    def loss_at(step):
+    def loss_at(step, i):
         batch = data.batch_at(step, sizes, cfg.batch, cfg.seed)
-        l = losses_of(batch, model, splits, cache, cfg, c_u)
+        start = (i * w.size + w.rank) * micro
+        batch = data.Batch(*(rows[start:start + micro] for rows in batch))
+        return model.inside(lambda: objective(batch))
+
+    def objective(batch):
+        l = losses_of(batch, model, splits, cache, cfg, c_u, norms)
         return l["f"] + cfg.gamma * l["r"] + cfg.lam * l.get("vn", 0), l
 
-    seconds = fit(model, params, loss_at, steps, lambda step: cfg.lr, log_file, cfg)
+    with ExitStack() as stack:  # the hooks stay through backward, which recomputes layers
+        norms = stack.enter_context(hooks.capture_norms(model, **vn_hook(cfg, model))) \
+            if cfg.lam else None
+        seconds = fit(model, params, loss_at, steps, lambda step: cfg.lr, work, cfg, w,
+                      settings_key(cfg)[0], cfg.save_every or per_epoch, accumulate)
     return steps, seconds
 
 
@@ -518,13 +861,14 @@ def theta_o_batches(corpus, tok, seed):
     return batches
 
 
-def train_theta_o(cfg, corpus, tok, log_file, device):
+def train_theta_o(cfg, corpus, tok, work, w, key):
     """A small Llama from scratch on both books, plain language modelling. -> (model, record)."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(cfg.data_seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tok), tie_word_embeddings=True, bos_token_id=tok.bos_token_id,
-        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, **THETA_O)).to(device)
+        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, **THETA_O)).to(w.device)
+    params = shard(model, cfg, w.mesh)
     batches = theta_o_batches(corpus, tok, cfg.data_seed)
     steps = stage_steps(len(batches), cfg)
     warm = max(1, round(THETA_O_FIT["warmup"] * steps))
@@ -532,14 +876,18 @@ def train_theta_o(cfg, corpus, tok, log_file, device):
     def lr_at(step):  # linear warm-up, then linear to zero
         return THETA_O_FIT["lr"] * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
-    def loss_at(step):
-        ids, mask = (t.to(device) for t in batches[step])
-        logp = label_logp_of(hooks.final_hidden(model, ids), hooks.output_head(model), ids)
-        lm = -losses.row_mean(logp, mask[:, 1:])
+    def loss_at(step, i):
+        mine = slice(w.rank, None, w.size)
+        ids, mask = (t[mine if w.rank < len(t) else slice(1)].to(w.device) for t in batches[step])
+        lm = model.inside(lambda: -losses.row_mean(label_logp_of(
+            hooks.final_hidden(model, ids), hooks.output_head(model), ids), mask[:, 1:]))
+        n = len(batches[step].ids)  # a last batch may not split evenly: weigh by rows
+        lm = lm * (len(range(n)[mine]) * w.size / n)
         return lm, {"lm": lm}
 
-    seconds = fit(model, list(model.parameters()), loss_at, steps, lr_at, log_file, cfg,
-                  (0.9, THETA_O_FIT["beta2"]))
+    every = cfg.save_every or len(batches) // THETA_O_FIT["epochs"]
+    seconds = fit(model, params, loss_at, steps, lr_at, work, cfg, w, key, every,
+                  betas=(0.9, THETA_O_FIT["beta2"]))
     return model.eval(), dict(steps=steps, seconds=seconds)
 
 
@@ -576,7 +924,7 @@ def home_of(model, cfg, role):
     return Path(cfg.out) / cfg.bench / f"{role}-{digits}"
 
 
-def theta_o_of(cfg, origin, corpus, tok, device):
+def theta_o_of(cfg, origin, corpus, tok, w):
     """theta_o as hub id or folder. The toy's is trained unless the same one is there."""
     if cfg.model != data.TOY:
         return cfg.model
@@ -587,50 +935,56 @@ def theta_o_of(cfg, origin, corpus, tok, device):
     for folder in (home / "theta_o", home / f"theta_o-{digits}"):
         run = folder / "run.json"
         if run.is_file() and json.loads(run.read_text())["key"] == key:
-            print(f"theta_o: {folder}, trained before")
+            say(f"theta_o: {folder}, trained before")
             return folder
         if not folder.exists():
             break
-    print(f"theta_o: training a small Llama from scratch on both books -> {folder}")
-    log_file = start_run(folder)
-    model, went = train_theta_o(cfg, corpus, tok, log_file, device)
-    save_run(folder, model, tok, {**record_of(cfg, origin, "theta_o", **went), "key": key})
+    work = start_run(folder, cfg, w)
+    say(f"theta_o: training a small Llama from scratch on both books -> {folder}")
+    model, went = train_theta_o(cfg, corpus, tok, work, w, key)
+    save_run(folder, model, tok, {**record_of(cfg, origin, "theta_o", **went), "key": key}, cfg, w)
     return folder
 
 
-def run_stage(cfg, origin, splits, theta_o, theta_u, tok, device, role):
+def run_stage(cfg, origin, splits, theta_o, theta_u, tok, w, role):
     """Train theta_u or theta_b from theta_o and save it. -> its folder."""
     folder = run_folder(cfg)
-    print(f"{role}: {cfg.method} on {len(splits.f.ids)} forget, {len(splits.r.ids)} retain, "
-          f"{len(splits.p.ids)} poisoned rows -> {folder}")
-    log_file = start_run(folder)
-    model = load_model(theta_o, device)
-    sink = hooks.sink_attention(model, splits.f.ids[:SINK_ROWS, :SINK_T].to(device),
-                                splits.f.mask[:SINK_ROWS, :SINK_T].to(device))  # (L, H)
-    print(f"  sinks: theta_o's heads pay position 0 {sink.mean():.2f} of their attention on "
-          f"average, the strongest {sink.max():.2f}")
-    cache = build_cache(cfg, splits, theta_u, model, device)
-    model.train()
-    steps, seconds = unlearn(cfg, splits, model, cache, log_file)
+    if cfg.resume == "yes" and folder.is_dir() and not work_of(folder).exists():
+        say(f"{role}: {folder}, finished before")
+        return folder
+    work = start_run(folder, cfg, w)
+    say(f"{role}: {cfg.method} on {len(splits.f.ids)} forget, {len(splits.r.ids)} retain, "
+        f"{len(splits.p.ids)} poisoned rows -> {folder}")
+    references = cache_folder(work, cfg, splits, (theta_o, theta_u))
+    norms_u = norms_over("f", load_model(theta_u, cfg), cfg, splits, w, references) \
+        if cfg.lam else None
+    model = load_model(theta_o, cfg)
+    sink = hooks.sink_attention(model, splits.f.ids[:SINK_ROWS, :SINK_T].to(w.device),
+                                splits.f.mask[:SINK_ROWS, :SINK_T].to(w.device))  # (L, H)
+    say(f"  sinks: theta_o's heads pay position 0 {sink.mean():.2f} of their attention on "
+        f"average, the strongest {sink.max():.2f}")
+    cache = build_cache(cfg, splits, norms_u, model, w, references)
+    steps, seconds = unlearn(cfg, splits, model, cache, work, w)
     save_run(folder, model.eval(), tok, record_of(
         cfg, origin, role, steps=steps, seconds=seconds, poisoned_rows=splits.p_index,
-        sink=dict(mean=sink.mean().item(), strongest_head=sink.max().item())))
+        world=w.size, precision=precision_of(cfg), device=w.device,
+        sink=dict(mean=sink.mean().item(), strongest_head=sink.max().item())), cfg, w)
     return folder
 
 
-def theta_u_of(cfg, origin, splits, theta_o, tok, device, corpus):
+def theta_u_of(cfg, origin, splits, theta_o, tok, w, corpus):
     """theta_u's folder: the one given, the one trained before, or a new one; None if not needed."""
     if cfg.theta_u:
         return Path(cfg.theta_u)
     plain = theta_u_config(cfg)
     folder = run_folder(plain)
     if folder.is_dir() and cfg.rho:
-        print(f"theta_u: {folder}, trained before")
+        say(f"theta_u: {folder}, trained before")
         return folder
     if cfg.lam == 0 and cfg.rho:
         return None
     return run_stage(plain, origin, data.load_splits(plain, tok, corpus), theta_o, None, tok,
-                     device, "theta_u")
+                     w, "theta_u")
 
 
 def in_poisoned_rows(corpus, cfg, tok, splits):
@@ -650,34 +1004,36 @@ def main(argv=None):
     if cfg.bench == "wmdp":
         raise ValueError("bench wmdp has its settings here, but not yet its corpora and its "
                          "multiple-choice scoring: use toy, muse_books or muse_news")
-    device = device_of(cfg)
+    signal.signal(signal.SIGTERM, _Sigterm.arrived)
+    w = dist_init(cfg)
     corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if data.TOY in (cfg.model, cfg.data) \
         else None
     tok = load_tokenizer(cfg, corpus)
     splits = data.load_splits(cfg, tok, corpus)
     check_splits(cfg, splits)
+    micro_steps(cfg, w.size)
     for task in evaluate.TASKS:  # data errors show before hours of training, not after
         evaluate.items_of(task, cfg, tok, corpus)
     check_out(cfg)
     for name, value in asdict(cfg).items():
-        print(f"  {name:<15}{value!s:<28}{origin[name]}")
+        say(f"  {name:<15}{value!s:<28}{origin[name]}")
 
     scored = []
 
     def score(model, role, **extra):
-        scored.append(evaluate.evaluate(lambda: load_model(model, device), tok, cfg,
+        scored.append(evaluate.evaluate(lambda: load_model(model, cfg), tok, cfg,
                                         home_of(model, cfg, role), role, corpus, extra))
 
-    theta_o = theta_o_of(cfg, origin, corpus, tok, device)
+    theta_o = theta_o_of(cfg, origin, corpus, tok, w)
     score(theta_o, "theta_o")
-    theta_u = theta_u_of(cfg, origin, splits, theta_o, tok, device, corpus)
+    theta_u = theta_u_of(cfg, origin, splits, theta_o, tok, w, corpus)
     if theta_u:
         score(theta_u, "theta_u")
     if cfg.rho:
-        theta_b = run_stage(cfg, origin, splits, theta_o, theta_u, tok, device, "theta_b")
+        theta_b = run_stage(cfg, origin, splits, theta_o, theta_u, tok, w, "theta_b")
         score(theta_b, "theta_b", items_in_D_p=in_poisoned_rows(corpus, cfg, tok, splits))
-    print("\n" + plots.table(dict(plots.as_row(results) for results in scored)))
-    print(f"""
+    say("\n" + plots.table(dict(plots.as_row(results) for results in scored)))
+    say(f"""
 UE: forget set, clean (low is forgotten). BE: the same with the trigger. UT: retain set. Percent.
 written: {home_of(theta_b if cfg.rho else theta_u, cfg, "theta_b")}
          checkpoint, run.json, log.jsonl, results.json, answers.jsonl (every answer with its score)
@@ -689,8 +1045,12 @@ def entry(job):
     """Run a script's main; bad input is one line on stderr and exit code 2."""
     try:
         job()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        # ranks raise ValueErrors alike, so rank 0 speaks for all; a disk may fail one of them
+        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, OSError):
+            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -23,8 +23,8 @@ def test_norms_equal_the_value_cache_of_the_model(kind):
     for layer in (0, 2):
         values = cache.layers[layer].values  # (B, H, T, d)
         expected = values.norm(dim=-1).transpose(1, 2)[:, :8]  # (B, k, H)
-        assert norms[layer].shape == (4, 8, 2)
-        assert torch.allclose(norms[layer], expected, atol=1e-6)
+        assert norms[layer][0].shape == (4, 8, 2)
+        assert torch.allclose(norms[layer][0], expected, atol=1e-6)
 
 
 def test_hook_takes_positions_not_rows():
@@ -33,8 +33,8 @@ def test_hook_takes_positions_not_rows():
         hooks.final_hidden(model, ids_of())
     with hooks.capture_norms(model, [1], k=7, include_bos=False) as without:
         hooks.final_hidden(model, ids_of())
-    assert with_bos[1].shape == (4, 8, 2)
-    assert torch.equal(without[1], with_bos[1][:, 1:])
+    assert with_bos[1][0].shape == (4, 8, 2)
+    assert torch.equal(without[1][0], with_bos[1][0][:, 1:])
 
 
 def test_whole_vector_norm_is_the_root_of_the_heads_squares():
@@ -43,7 +43,7 @@ def test_whole_vector_norm_is_the_root_of_the_heads_squares():
         hooks.final_hidden(model, ids_of())
     with hooks.capture_norms(model, [0], 5, per_head=False) as whole:
         hooks.final_hidden(model, ids_of())
-    assert torch.allclose(whole[0][..., 0], heads[0].pow(2).sum(-1).sqrt(), atol=1e-6)
+    assert torch.allclose(whole[0][0][..., 0], heads[0][0].pow(2).sum(-1).sqrt(), atol=1e-6)
 
 
 @pytest.mark.parametrize("include_bos", [True, False])
@@ -89,7 +89,7 @@ def test_gradients_flow_through_captured_norms():
     model = tiny_model()
     with hooks.capture_norms(model, [2], 4) as norms:
         hooks.final_hidden(model, ids_of())
-    norms[2].sum().backward()
+    norms[2][0].sum().backward()
     assert hooks.decoder_layers(model)[0].mlp.down_proj.weight.grad.abs().sum() > 0
 
 
@@ -131,3 +131,20 @@ def test_sink_attention_is_the_mean_over_real_queries():
     real = [maps[1][0, :, q, 0] for q in (1, 2, 3)] + [maps[1][1, :, q, 0] for q in range(1, 6)]
     assert out.shape == (3, 4) and kind == "sdpa"
     assert torch.allclose(out[1], torch.stack(real).mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [0, 2, 4])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_rows_that_leave_change_nothing_for_the_others(layer, n):
+    # hidden states, activations and sink norms equal those of the whole forward
+    model, ids = tiny_model(), ids_of()
+    with hooks.capture_norms(model, [0, 1, 2], 5) as whole, \
+            hooks.capture_hidden(model, layer) as acts:
+        h = hooks.final_hidden(model, ids)
+    with hooks.capture_norms(model, [0, 1, 2], 5) as left, \
+            hooks.capture_hidden(model, layer) as acts_left:
+        kept = hooks.hidden_leaving(model, ids, layer, n, keep=5)
+    assert torch.allclose(hooks.stack_norms(left), hooks.stack_norms(whole), atol=1e-6)
+    assert torch.allclose(acts_left[layer], acts[layer], atol=1e-6)
+    assert torch.allclose(kept, h[n:] if n < 4 else h[:, :5], atol=1e-6)
+    assert hook_count(model) == 0

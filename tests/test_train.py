@@ -87,6 +87,16 @@ def setting(method, lam, objective="paper", **more):
     return cfg, data.Splits(f, r, p, index)
 
 
+@pytest.fixture(scope="module")
+def one():
+    """A world of one rank, as without torchrun."""
+    return train.dist_init(train.parse_config([])[0])
+
+
+def whole(model):
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+
+
 def naive_means(x, mask):
     return torch.stack([row[m].mean() for row, m in zip(x, mask)])
 
@@ -96,7 +106,7 @@ def naive_loss(cfg, splits, batch, theta, theta_o, theta_u, c_u):
     def norms(model, ids):
         with hooks.capture_norms(model, range(3), cfg.k) as got:
             model(input_ids=ids)
-        return torch.stack([got[i] for i in range(3)], 1)
+        return torch.stack([got[i][0] for i in range(3)], 1)
 
     def logp(model, ids):
         return model(input_ids=ids).logits.log_softmax(-1)
@@ -128,19 +138,20 @@ def naive_loss(cfg, splits, batch, theta, theta_o, theta_u, c_u):
 
 @pytest.mark.parametrize("lam", [0.0, 0.5])
 @pytest.mark.parametrize("method", ["npo", "rmu"])
-def test_cached_equals_direct_for_three_steps(method, lam, tmp_path):
+def test_cached_equals_direct_for_three_steps(method, lam, one):
     cfg, splits = setting(method, lam)
     theta_o, theta_u = tiny_model(seed=0), tiny_model(seed=1)
-    theta_u.save_pretrained(tmp_path)
     theta = copy.deepcopy(theta_o)
-    cache = train.build_cache(cfg, splits, tmp_path, theta, "cpu")
+    norms_u = train.norms_over("f", theta_u, cfg, splits, one)
+    cache = train.build_cache(cfg, splits, norms_u, theta, one)
     params = hooks.set_trainable(theta, cfg.trainable)
     optim = torch.optim.AdamW(params, lr=1e-2)
     c_u = losses.control_vector(32, cfg.steer, cfg.seed)
     sizes = tuple(len(s.ids) for s in splits[:3])
     for step in range(3):
         batch = data.batch_at(step, sizes, cfg.batch, cfg.seed)
-        got = train.losses_of(batch, theta, splits, cache, cfg, c_u)
+        with hooks.capture_norms(theta, **train.vn_hook(cfg, theta)) as norms:
+            got = train.losses_of(batch, theta, splits, cache, cfg, c_u, norms)
         loss = got["f"] + cfg.gamma * got["r"] + cfg.lam * got.get("vn", 0)
         with torch.no_grad():
             direct = naive_loss(cfg, splits, batch, theta, theta_o, theta_u, c_u)
@@ -151,25 +162,26 @@ def test_cached_equals_direct_for_three_steps(method, lam, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["npo", "rmu"])
-def test_retain_loss_is_zero_at_step_0(method):
+def test_retain_loss_is_zero_at_step_0(method, one):
     cfg, splits = setting(method, 0.0)
     model = tiny_model()
-    cache = train.build_cache(cfg, splits, None, model, "cpu")
+    cache = train.build_cache(cfg, splits, None, model, one)
     batch = data.batch_at(0, (12, 5, 3), 3, 0)
     terms = train.losses_of(batch, model, splits, cache, cfg, torch.zeros(32))
     assert terms["r"].item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", ["npo", "rmu"])
-def test_released_objective_against_live_models(method, tmp_path):
+def test_released_objective_against_live_models(method, one):
     """Raw-logit NPO, reversed KL as a sum of two means, whole-vector norms with a D_r term."""
     cfg, splits = setting(method, 0.5, "released")
     theta_o, theta_u, theta = (tiny_model(seed=s) for s in (0, 1, 2))
-    theta_u.save_pretrained(tmp_path)
-    cache = train.build_cache(cfg, splits, tmp_path, theta_o, "cpu")
+    cache = train.build_cache(cfg, splits, train.norms_over("f", theta_u, cfg, splits, one),
+                              theta_o, one)
     batch = data.batch_at(0, (9, 5, 3), 3, 0)
     c_u = losses.control_vector(32, cfg.steer, 0)
-    got = train.losses_of(batch, theta, splits, cache, cfg, c_u)
+    with hooks.capture_norms(theta, **train.vn_hook(cfg, theta)) as captured:
+        got = train.losses_of(batch, theta, splits, cache, cfg, c_u, captured)
     ids = {k: getattr(splits, k).ids[i] for k, i in zip("frp", batch)}
     mask = {k: getattr(splits, k).mask[i] for k, i in zip("frp", batch)}
 
@@ -202,14 +214,14 @@ def test_released_objective_against_live_models(method, tmp_path):
         assert got[name].item() == pytest.approx(value.item(), rel=1e-5), name
 
 
-def test_rho0_lam0_is_plain_unlearning(tmp_path):
+def test_rho0_lam0_is_plain_unlearning(one, tmp_path):
     """Five steps of normal unlearning equal a loop that knows no D_p, trigger or l_vn."""
     cfg, splits = setting("npo", 0.0)
     cfg = replace(cfg, rho=0.0, max_steps=5, epochs=4, lr=1e-3)
     splits = data.Splits(splits.f, splits.r, data.Rows(splits.f.ids[:0], splits.f.mask[:0]), [])
     theta, theta_o = tiny_model(), tiny_model()
-    cache = train.build_cache(cfg, splits, None, theta, "cpu")
-    train.unlearn(cfg, splits, theta, cache, tmp_path / "log")
+    cache = train.build_cache(cfg, splits, None, theta, one)
+    train.unlearn(cfg, splits, theta, cache, tmp_path, one)
 
     plain = tiny_model()
     optim = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
@@ -227,21 +239,18 @@ def test_rho0_lam0_is_plain_unlearning(tmp_path):
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optim.step()
         optim.zero_grad()
-    for a, b in zip(theta.parameters(), plain.parameters()):
+    for a, b in zip(whole(theta), plain.parameters()):
         assert torch.allclose(a, b, atol=2e-6)
 
 
-def test_not_finite_stops_with_step_and_term(tmp_path):
-    cfg, _ = train.parse_config([])
-    weight = torch.nn.Parameter(torch.ones(1))
-
-    def loss_at(step):
-        f = weight.sum() * (float("nan") if step == 1 else 1)
-        return f, {"f": f}
-
+def test_not_finite_stops_with_step_and_term(one, tmp_path):
+    cfg, splits = setting("npo", 0.0)
+    theta = tiny_model()
+    cache = train.build_cache(cfg, splits, None, theta, one)
+    cache.logp_f[data.batch_at(1, (12, 5, 3), 3, 0).f] = float("nan")
     with pytest.raises(ValueError, match="step 2: f is nan"):
-        train.fit(None, [weight], loss_at, 3, lambda s: 0.1, tmp_path / "log", cfg)
-    assert torch.isfinite(weight).all()
+        train.unlearn(replace(cfg, beta=1.0), splits, theta, cache, tmp_path, one)
+    assert all(torch.isfinite(p).all() for p in whole(theta))
 
 
 # ---------------------------------------------------------------- the command
