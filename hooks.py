@@ -74,7 +74,7 @@ def _in_parts(blocks, shapes, n, keep):
     def pack(module, args):
         parts = [args[0][:n, :keep], args[0][n:]][-len(shapes):] if n < len(args[0]) else \
             [args[0][:, :keep]]
-        return torch.cat([part.flatten(0, 1) for part in parts])[None], *args[1:]  # (1, tokens, C)
+        return torch.cat([part.flatten(0, 1)[None] for part in parts], 1), *args[1:]  # (1, tokens, C)
 
     def parted(forward):
         def run(packed, position_embeddings, **kwargs):
@@ -83,8 +83,8 @@ def _in_parts(blocks, shapes, n, keep):
                 position = [t[:, :shape[1]] for t in position_embeddings]  # (1, T, d) each
                 got = forward(part.view(*shape, -1), position_embeddings=position,
                               **{**kwargs, "attention_mask": None})
-                out.append((got[0] if isinstance(got, tuple) else got).flatten(0, 1))
-            return torch.cat(out)[None]
+                out.append((got[0] if isinstance(got, tuple) else got).flatten(0, 1)[None])
+            return torch.cat(out, 1)
         return run
 
     before = [block.__dict__.get("forward") for block in blocks]

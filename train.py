@@ -766,8 +766,9 @@ def align_norms(norms, mask, batch, cache, cfg):
 def forward_rows(model, ids, n_f, cfg):
     """One forward of forget | retain | poisoned rows.
 
-    -> final hidden states of the retain and poisoned rows, activations after cfg.layer (RMU).
-    For RMU the first n_f rows, without KL all rows, end at cfg.layer; sink tokens alone go on.
+    NPO -> final hidden states of all rows, None. RMU -> those of the retain and poisoned rows, and
+    all rows' activations after cfg.layer: the first n_f rows, without KL all rows, end there, and
+    only their sink tokens go on.
     """
     if cfg.method == "npo":
         return hooks.final_hidden(model, ids), None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import setting, tiny_model, whole
 
 import data
 import hooks
@@ -70,32 +70,6 @@ def test_backdoored_folders_say_so():
 
 
 # ---------------------------------------------------------------- cached equals direct
-
-def setting(method, lam, objective="paper", **more):
-    """A tiny problem: three different models, padded rows, and a Config for them."""
-    flags = dict(method=method, lam=lam, objective=objective, batch=3, T=24, k=4, layer=1,
-                 trainable="all" if method == "npo" else "0-1 mlp.down_proj", rho=0.25, steer=2.0,
-                 gamma=3.0, beta=0.5, **more)
-    cfg, _ = train.parse_config([s for k, v in flags.items() for s in (f"--{k}", str(v))])
-    gen = torch.Generator().manual_seed(0)
-    rows = [[0] + torch.randint(2, 300, (n,), generator=gen).tolist() for n in [23, 9, 17, 12] * 3]
-    f, r = data.pad_rows(rows, 24), data.pad_rows(rows[::-1][:5], 24)
-    if objective == "released":
-        f, p, index = data.poison_released(f, [7, 8, 9], cfg.rho, cfg.position)
-    else:
-        p, index = data.poison(f, [7, 8, 9], cfg.rho, cfg.position, 0)
-    return cfg, data.Splits(f, r, p, index)
-
-
-@pytest.fixture(scope="module")
-def one():
-    """A world of one rank, as without torchrun."""
-    return train.dist_init(train.parse_config([])[0])
-
-
-def whole(model):
-    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-
 
 def naive_means(x, mask):
     return torch.stack([row[m].mean() for row, m in zip(x, mask)])
