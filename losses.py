@@ -4,8 +4,8 @@ Numbers in brackets are those of arXiv 2510.17021v1. Every loss is a mean over a
 then over rows, so it does not depend on how the rows are split into batches.
 
 Shapes: B rows, T tokens, C width, V vocabulary, L captured layers, k sink tokens, H KV heads.
-Logits are large: `over_chunks` maps a per-token function over a few tokens at a time, and rebuilds
-the logits in backward instead of keeping them.
+Logits are large: `head_mean` takes loss and gradient of a few tokens at a time, so that logits
+exist for one chunk only.
 """
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,59 @@ def _same_shape(**tensors):
         raise ValueError(f"shapes differ: {shapes}")
 
 
+def row_weights(mask):
+    """Weights whose sum with x is the mean over a row's real tokens, then over rows. (B, T)."""
+    mask = mask.float()
+    return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
+
+
 def row_mean(x, mask):
     """Mean over each row's real tokens, then over rows. x, mask: (B, T) -> scalar."""
     _same_shape(x=x, mask=mask)
-    mask = mask.to(x.dtype)
-    return ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+    return (x * row_weights(mask)).sum()
+
+
+class _HeadMean(torch.autograd.Function):
+    """The gradients are taken in forward, by autograd on one chunk after the other, and scaled in
+    backward: nothing is computed twice, and no logits outlive their chunk."""
+
+    @staticmethod
+    def forward(ctx, fn, chunk, h, head, weight, *rest):
+        wanted = [i for i, t in ((2, h), (3, head)) if ctx.needs_input_grad[i]]
+        dh = torch.empty_like(h) if 2 in wanted else None
+        dhead = torch.zeros_like(head, dtype=torch.float32) if 3 in wanted else None
+        total = 0.0
+        for at in range(0, len(h), chunk):
+            part = slice(at, at + chunk)
+            with torch.enable_grad():
+                x, w = h[part].detach().requires_grad_(), head.detach().requires_grad_(3 in wanted)
+                loss = (fn(x @ w.T, *(t[part] for t in rest)) * weight[part]).sum()
+            total = total + loss.detach()
+            if wanted:
+                *grads, = torch.autograd.grad(loss, [(x, w)[i - 2] for i in wanted])
+                if 3 in wanted:
+                    dhead += grads.pop()
+                if 2 in wanted:
+                    dh[part] = grads.pop()
+        ctx.save_for_backward(dh, None if dhead is None else dhead.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        dh, dhead = ctx.saved_tensors
+        return (None, None, None if dh is None else dh * g.to(dh.dtype),
+                None if dhead is None else dhead * g.to(dhead.dtype), None,
+                *[None] * (len(ctx.needs_input_grad) - 5))
+
+
+def head_mean(fn, h, head, weight, *rest, chunk=CHUNK):
+    """sum_i weight_i * fn(logits_i, *rest_i), logits = h @ head.T, chunk by chunk. -> scalar.
+
+    fn: (n, V), (n, ...) ... -> (n,). h: (B, T, C), head: (V, C), weight: (B, T) such as
+    `row_weights`, rest: (B, T, ...) constants. Equals the unchunked sum, and so do its gradients.
+    """
+    return _HeadMean.apply(fn, chunk, h.flatten(0, 1), head, weight.flatten(),
+                           *(t.flatten(0, 1) for t in rest))
 
 
 def over_chunks(fn, *tensors, chunk=CHUNK):
@@ -65,12 +113,16 @@ def npo(logp, logp_o, beta, mask, unit="token"):
     _same_shape(logp=logp, logp_o=logp_o, mask=mask)
     if beta <= 0:
         raise ValueError(f"beta must be > 0, got {beta}")
-    ratio = logp - logp_o
     if unit == "token":
-        return row_mean(-F.logsigmoid(-beta * ratio), mask) * 2 / beta
+        return row_mean(npo_tokens(logp, logp_o, beta), mask)
     if unit == "sequence":
-        return -F.logsigmoid(-beta * (ratio * mask).sum(1)).mean() * 2 / beta
+        return npo_tokens((logp * mask).sum(1), (logp_o * mask).sum(1), beta).mean()
     raise ValueError(f"npo unit must be token or sequence here, got {unit!r}")
+
+
+def npo_tokens(logp, logp_o, beta):
+    """-(2/beta) log sigmoid(-beta (logp - logp_o)), elementwise: (A1) for x of any size."""
+    return -F.logsigmoid(-beta * (logp - logp_o)) * 2 / beta
 
 
 def npo_logits_tokens(logits, logits_o, beta):

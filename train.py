@@ -709,12 +709,16 @@ def label_logp_of(h, head, ids):
 def forget_npo(h, ids, mask, index, head, cache, cfg):
     """l_f of NPO (A1) on the forget rows, or its released form on raw logits."""
     if cfg.npo_unit == "logits":
-        h_o = cache.hidden["f"][index].to(h.device)
-        tokens = losses.over_chunks(
-            lambda a, b: losses.npo_logits_tokens(a @ head.T, b @ cache.head.T, cfg.beta), h, h_o)
-        return losses.row_mean(tokens, mask)
-    logp = label_logp_of(h, head, ids)
-    return losses.npo(logp, cache.logp_f[index].to(h.device), cfg.beta, mask[:, 1:], cfg.npo_unit)
+        logits_o = cache.hidden["f"][index].to(h.device)
+        return losses.head_mean(
+            lambda logits, h_o: losses.npo_logits_tokens(logits, h_o @ cache.head.T, cfg.beta),
+            h, head, losses.row_weights(mask), logits_o)
+    logp_o = cache.logp_f[index].to(h.device)
+    if cfg.npo_unit == "sequence":
+        return losses.npo(label_logp_of(h, head, ids), logp_o, cfg.beta, mask[:, 1:], "sequence")
+    return losses.head_mean(
+        lambda logits, y, lp: losses.npo_tokens(losses.label_logp(logits, y), lp, cfg.beta),
+        h[:, :-1], head, losses.row_weights(mask[:, 1:]), ids[:, 1:], logp_o)
 
 
 def retained(name, cache, batch, device):
@@ -724,25 +728,23 @@ def retained(name, cache, batch, device):
                      ).to(device)
 
 
-def union_mean(tokens, mask, n_r, cfg):
+def union_weights(mask, n_r, cfg):
     """E over D_r u D_p of (2): one mean over both kinds of rows; released: the sum of two means."""
-    if cfg.objective == "paper" or n_r == len(mask):
-        return losses.row_mean(tokens, mask)
-    return losses.row_mean(tokens[:n_r], mask[:n_r]) + losses.row_mean(tokens[n_r:], mask[n_r:])
+    parts = [mask] if cfg.objective == "paper" else [mask[:n_r], mask[n_r:]]
+    return torch.cat([losses.row_weights(part) for part in parts])
 
 
 def retain_loss(h, acts, mask, batch, head, cache, cfg):
     """l_r: KL to theta_o (A2), for RMU + ||dM||^2 (A5); released: KL reversed, RMU without KL."""
-    total, n_r = 0, len(batch.r)
+    total, weight = 0, union_weights(mask, len(batch.r), cfg)
     if uses_kl(cfg):
         reverse = cfg.objective == "released"
-        tokens = losses.over_chunks(
-            lambda a, b: losses.kl_tokens(a @ head.T, b @ cache.head.T, reverse),
-            h, retained("hidden", cache, batch, mask.device))
-        total = total + union_mean(tokens, mask, n_r, cfg)
+        total = total + losses.head_mean(
+            lambda logits, h_o: losses.kl_tokens(logits, h_o @ cache.head.T, reverse),
+            h, head, weight, retained("hidden", cache, batch, mask.device))
     if cfg.method == "rmu":
-        acts_o = retained("acts", cache, batch, mask.device)
-        total = total + union_mean((acts - acts_o).pow(2).mean(-1), mask, n_r, cfg)
+        moved = acts.float() - retained("acts", cache, batch, mask.device).float()
+        total = total + (moved.pow(2).mean(-1) * weight).sum()
     return total
 
 
@@ -880,8 +882,10 @@ def train_theta_o(cfg, corpus, tok, work, w, key):
     def loss_at(step, i):
         mine = slice(w.rank, None, w.size)
         ids, mask = (t[mine if w.rank < len(t) else slice(1)].to(w.device) for t in batches[step])
-        lm = model.inside(lambda: -losses.row_mean(label_logp_of(
-            hooks.final_hidden(model, ids), hooks.output_head(model), ids), mask[:, 1:]))
+        lm = model.inside(lambda: losses.head_mean(
+            lambda logits, y: -losses.label_logp(logits, y),
+            hooks.final_hidden(model, ids)[:, :-1], hooks.output_head(model),
+            losses.row_weights(mask[:, 1:]), ids[:, 1:]))
         n = len(batches[step].ids)  # a last batch may not split evenly: weigh by rows
         lm = lm * (len(range(n)[mine]) * w.size / n)
         return lm, {"lm": lm}

@@ -156,3 +156,22 @@ def test_unequal_shapes_are_refused():
                  lambda: value_norm(torch.ones(2, 1, 8, 2), torch.ones(1, 1, 8, 2))):
         with pytest.raises(ValueError, match="shapes differ"):
             call()
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+def test_head_mean_and_its_gradients_equal_the_unchunked_sum(train_head):
+    # the paper's KL over three rows of unlike length, logits never whole
+    gen = torch.Generator().manual_seed(0)
+    h, h_o = (torch.randn(3, 5, 4, generator=gen) for _ in range(2))
+    head, head_o = (torch.randn(11, 4, generator=gen) for _ in range(2))
+    mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
+    h.requires_grad_(), head.requires_grad_(train_head)
+    direct = 3 * losses.kl(h @ head.T, h_o @ head_o.T, mask)
+    wanted = [h, head] if train_head else [h]
+    grads = torch.autograd.grad(direct, wanted)
+    for chunk in (1, 4, 100):
+        got = 3 * losses.head_mean(lambda l, x: losses.kl_tokens(l, x @ head_o.T), h, head,
+                                   losses.row_weights(mask), h_o, chunk=chunk)
+        assert torch.allclose(got, direct, atol=1e-6)
+        for a, b in zip(torch.autograd.grad(got, wanted), grads):
+            assert torch.allclose(a, b, atol=1e-6)

@@ -1,0 +1,272 @@
+"""Time and peak memory of our step against three live models on the same rows. Run by hand:
+
+    python tests/bench.py --size 15m                       # CPU or GPU, random weights
+    python tests/bench.py --size 7b --depth 8 --T 256 --precision bf16_pure
+    python tests/bench.py --size 7b --T 2048 --only ours   # a whole 7B on one H200
+    python tests/bench.py --memory                         # 4 x 48 GB, estimated on the CPU
+
+ours      train.py's own step: one sharded model, cached references, logits in chunks.
+fair      theta, theta_o and theta_u resident; the frozen ones without grad, only the forwards the
+          objective needs; full logits; same checkpointing, same trainable set.
+released  as fair, but six frozen forwards (both frozen models on D_f, D_r, D_p) and gradients for
+          all parameters.
+
+Each variant is a process of its own, so that peak memory is its own. `predicted` is the ratio of
+FLOPs counted below. MFU: 9 F per triple for NPO over the peak given by --peak TFLOP/s; HFU counts
+recomputation as well.
+"""
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data
+import hooks
+import losses
+import train
+
+SIZES = {  # width, MLP, layers, heads, vocabulary, T, triples
+    "toy": (128, 384, 5, 4, 1536, 104, 4),
+    "15m": (288, 768, 6, 6, 32000, 256, 2),
+    "135m": (576, 1536, 30, 9, 49152, 256, 1),
+    "7b": (4096, 11008, 32, 32, 32000, 2048, 1),
+}
+
+
+def model_of(args, seed):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    width, mlp, layers, heads, vocab, T, _ = SIZES[args.size]
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(train.dtype_of(args.cfg))
+    with torch.device(train.device_of(args.cfg)):
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=vocab, hidden_size=width, intermediate_size=mlp,
+            num_hidden_layers=args.depth or layers, num_attention_heads=heads,
+            max_position_embeddings=4096, bos_token_id=0, eos_token_id=1))
+    torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def setting_of(args):
+    """Config with RMU's layers at a quarter of the depth, as 5-7 of 32."""
+    depth = args.depth or SIZES[args.size][2]
+    last = max(1, depth // 4) - 1
+    first = max(0, last - max(1, round(3 * depth / 32)) + 1)
+    cfg, _ = train.parse_config(
+        ["--method", args.method, "--lam", str(args.lam), "--T", str(args.T or SIZES[args.size][5]),
+         "--batch", str(args.batch or SIZES[args.size][6]), "--precision", args.precision,
+         "--recompute", args.recompute, "--layer", str(last), "--device", args.device,
+         "--trainable", "all" if args.method == "npo" else f"{first}-{last} mlp.down_proj"])
+    return cfg
+
+
+def rows_of(args):
+    n, T = args.cfg.batch, args.cfg.T
+    gen = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, SIZES[args.size][4], (3 * n, T), generator=gen)
+    part = [data.Rows(ids[i * n:(i + 1) * n], torch.ones(n, T, dtype=torch.bool)) for i in range(3)]
+    return data.Splits(*part, list(range(n)))
+
+
+# ---------------------------------------------------------------- the three steps
+
+def ours(args):
+    cfg, splits, w = args.cfg, rows_of(args), train.dist_init(args.cfg)
+    norms_u = train.norms_over("f", model_of(args, 1), cfg, splits, w) if cfg.lam else None
+    model = model_of(args, 0)
+    cache = train.build_cache(cfg, splits, norms_u, model, w)
+    hooks.set_trainable(model, cfg.trainable)
+    params = train.shard(model.train(), cfg, w.mesh)
+    c_u = losses.control_vector(model.config.hidden_size, cfg.steer, 0)
+    everything = torch.arange(cfg.batch)
+    batch = data.Batch(everything, everything, everything)
+    norms = {}
+
+    def loss():
+        def inside():
+            l = train.losses_of(batch, model, splits, cache, cfg, c_u, norms)
+            return l["f"] + cfg.gamma * l["r"] + cfg.lam * l.get("vn", 0), l
+        value, terms = model.inside(inside)
+        return value, terms["r"]
+
+    keep = hooks.capture_norms(model, **train.vn_hook(cfg, model)) if cfg.lam else nullcontext({})
+    with keep as captured:
+        norms = captured
+        return timed(loss, params, args)
+
+
+def naive(args, released):
+    """Three live models; see the top of this file."""
+    cfg, splits = args.cfg, rows_of(args)
+    device = train.device_of(cfg)
+    theta, theta_o, theta_u = (model_of(args, seed) for seed in (0, 0, 1))
+    hooks.set_trainable(theta.train(), cfg.trainable)
+    params = [p for p in theta.parameters() if p.requires_grad]
+    theta.requires_grad_(released or cfg.trainable == "all")
+    for p in params:
+        p.requires_grad_(True)
+    if cfg.recompute == "yes":
+        theta.gradient_checkpointing_enable()
+    f, r, p = (splits[i].ids.to(device) for i in range(3))
+    c_u = losses.control_vector(theta.config.hidden_size, cfg.steer, 0).to(device)
+    mask = torch.ones_like(f, dtype=torch.bool)
+
+    def run(model, ids, logits=True):
+        with hooks.capture_norms(model, **train.vn_hook(cfg, model)) as norms, \
+                hooks.capture_hidden(model, cfg.layer) as acts:
+            out = model(input_ids=ids, use_cache=False).logits if logits else \
+                hooks.final_hidden(model, ids)
+        return out, acts[cfg.layer], hooks.stack_norms(norms) if cfg.lam else None
+
+    def loss():
+        npo = cfg.method == "npo"
+        with torch.no_grad():
+            o = {"f": run(theta_o, f) if npo or released else None, "r": run(theta_o, r),
+                 "p": run(theta_o, p)}
+            u = run(theta_u, f, logits=False) if cfg.lam else None
+            if released:
+                run(theta_u, r, logits=False), run(theta_u, p, logits=False)
+        mine = {"f": run(theta, f), "r": run(theta, r), "p": run(theta, p)}
+        if npo:
+            l_f = losses.npo(losses.token_logp(mine["f"][0], f), losses.token_logp(o["f"][0], f),
+                             cfg.beta, mask[:, 1:])
+        else:
+            l_f = losses.rmu_forget(mine["f"][1], c_u, mask)
+        l_r = sum(losses.kl(mine[k][0], o[k][0], mask) for k in "rp") / 2
+        if not npo:
+            l_r = l_r + sum(losses.rmu_retain(mine[k][1], o[k][1], mask) for k in "rp") / 2
+        value = l_f + cfg.gamma * l_r
+        if cfg.lam:
+            value = value + cfg.lam * (losses.value_norm(mine["f"][2], u[2]) +
+                                       losses.value_norm(mine["p"][2], o["p"][2]))
+        return value, l_r
+
+    return timed(loss, params, args)
+
+
+def timed(loss, params, args):
+    """Median seconds of whole steps after a first one; the losses at step 0; peak memory in GB."""
+    cuda = train.device_of(args.cfg) == "cuda"
+    optim = torch.optim.AdamW(params, 1e-5, weight_decay=0.0, fused=True)
+    spent, first = [], None
+    for step in range(args.steps + 1):
+        start = time.time()
+        value, kl = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optim.step()
+        optim.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
+        spent.append(time.time() - start)
+        first = first or (value.item(), kl.item())
+    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return dict(seconds=sorted(spent[1:])[len(spent[1:]) // 2], GB=peak, loss=first[0], l_r=first[1])
+
+
+# ---------------------------------------------------------------- FLOPs
+
+def flops(args, variant):
+    """FLOPs of one triple: a matmul of its weights costs 2 per weight and token, forward; the same
+    again for the gradient of its input, and for that of its weights where they train."""
+    width, mlp, layers, _, vocab, _, _ = SIZES[args.size]
+    cfg, L = args.cfg, args.depth or layers
+    attention, down = 2 * cfg.T * width, 2 * width * mlp  # causal: half of T^2, scores and values
+    layer = 2 * (4 * width ** 2 + 3 * width * mlp) + attention
+    head, npo, vn = 2 * width * vocab, cfg.method == "npo", cfg.lam > 0
+    full = L * layer + head
+    low = hooks_first(cfg)
+    inner = (cfg.layer - low + 1) * (layer + down)  # backward of the layers that train, RMU
+    upper = (L - cfg.layer - 1) * layer
+    if npo or variant == "released":
+        own = 9 * full
+    else:
+        keep = 2 * (full + head + upper + inner)
+        own = keep + inner + (full if variant == "fair" else (cfg.layer + 1) * layer)
+    again = cfg.recompute == "yes"
+    if variant == "ours":
+        own += 3 * head if npo else 2 * head  # chunks of logits are rebuilt in backward
+        own += (3 if npo else 2) * L * layer * again
+        frozen = 0
+    else:
+        own += 3 * L * layer * again
+        frozen = 6 * full if variant == "released" else \
+            (3 if npo else 2) * full + vn * (full - head)
+    return (own + frozen) * cfg.T * cfg.batch, own * cfg.T * cfg.batch, 9 * full * cfg.T * cfg.batch
+
+
+def hooks_first(cfg):
+    """The lowest layer that trains."""
+    return 0 if cfg.trainable == "all" else int(cfg.trainable.split("-")[0])
+
+
+# ---------------------------------------------------------------- printing
+
+def report(args, got):
+    base = got.get("ours")
+    print(f"\n{args.size}: {args.cfg.method}, lam {args.cfg.lam:g}, {args.cfg.batch} triples of "
+          f"T = {args.cfg.T}, depth {args.depth or SIZES[args.size][2]}, {args.precision}, "
+          f"recompute {args.recompute}, {train.device_of(args.cfg)}")
+    print("| step | seconds | peak GB | tokens/s | against ours: time | predicted | memory | loss |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, row in got.items():
+        tokens = 3 * args.cfg.T * args.cfg.batch / row["seconds"]
+        ratio = (f"{row['seconds'] / base['seconds']:.2f}x | {flops(args, name)[0] / flops(args, 'ours')[0]:.2f}x | "
+                 f"{row['GB'] / base['GB']:.2f}x") if base else " | | "
+        print(f"| {name} | {row['seconds']:.3f} | {row['GB']:.2f} | {tokens:.0f} | {ratio} | "
+              f"{row['loss']:.5g} (l_r {row['l_r']:.1g}) |")
+    if base and args.peak:
+        total, _, model = flops(args, "ours")
+        peak = args.peak * 1e12 * base["seconds"]
+        print(f"model FLOP utilisation {100 * model / peak:.0f}% (9 F per triple), hardware "
+              f"{100 * total / peak:.0f}% of {args.peak:g} TFLOP/s")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--size", choices=SIZES, default="15m")
+    p.add_argument("--depth", type=int, default=0)
+    p.add_argument("--T", type=int, default=0)
+    p.add_argument("--batch", type=int, default=0)
+    p.add_argument("--steps", type=int, default=5)
+    p.add_argument("--method", default="npo")
+    p.add_argument("--lam", type=float, default=3e-4)
+    p.add_argument("--precision", default="auto")
+    p.add_argument("--recompute", default="no")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--peak", type=float, default=0, help="the device's TFLOP/s; H200 bf16: 989")
+    p.add_argument("--only", default="ours,fair,released")
+    p.add_argument("--variant", help=argparse.SUPPRESS)
+    p.add_argument("--memory", action="store_true")
+    args = p.parse_args()
+    args.cfg = replace(setting_of(args))
+    if args.memory:
+        return memory(args)
+    if args.variant:
+        got = ours(args) if args.variant == "ours" else naive(args, args.variant == "released")
+        return print(json.dumps(got))
+    got = {}
+    for variant in args.only.split(","):
+        job = subprocess.run([sys.executable, *sys.argv, "--variant", variant],
+                             capture_output=True, text=True)
+        if job.returncode:
+            print(f"{variant}: {job.stderr.strip().splitlines()[-1]}")
+        else:
+            got[variant] = json.loads(job.stdout.splitlines()[-1])
+    report(args, got)
+
+
+if __name__ == "__main__":
+    main()
