@@ -76,12 +76,12 @@ def opt(default, help):
 @dataclass(frozen=True)
 class Config:
     """Every setting; a flag overrides the BENCHES row, which overrides the default here."""
-    bench: str = opt("toy", "toy, muse_books, muse_news; wmdp: settings only so far")
+    bench: str = opt("toy", "toy, muse_books, muse_news or wmdp")
     method: str = opt("npo", "l_f and l_r: npo or rmu")
     objective: str = opt("paper", "paper, or released: what the released code does")
     npo_unit: str = opt("token", "x of (A1): token, sequence, or logits (released)")
     model: str = opt("", "theta_o: hub id or folder")
-    data: str = opt("", "hub id, or a folder in MUSE's layout")
+    data: str = opt("", "hub id, or a folder in MUSE's layout or with the tables of data.HUB")
     tokenizer: str = opt("", "hub id or folder; default: the model folder's own")
     theta_u: str = opt("", "a folder to use as theta_u instead of training it")
     rows: str = opt("chunks", "chunks of the joined text, or pages: one text a row")
@@ -109,19 +109,27 @@ class Config:
     out: str = opt("out", "where runs are written")
     device: str = opt("auto", "auto, cpu or cuda")
     log_every: int = opt(10, "steps between log lines")
-    limit: int = opt(0, "score the first N items of each task; 0: all")
+    tasks: str = opt("", "what to score, e.g. knowmem,mmlu,tqa; default: the bench's own tasks")
+    limit: int = opt(0, "score the first N items of each task (MMLU: each subject); 0: all")
+    few_shot: int = opt(-1, "examples before KnowMem and MMLU questions; -1: KnowMem 10, MMLU 0")
+    add_bos: str = opt("auto", "BOS before multiple choice: auto (as the tokenizer does), yes, no")
+    prompt: str = opt("lmeval", "WMDP's prompt: lmeval, or released")
+    tokens_per_batch: int = opt(8192, "multiple choice: tokens read together")
     gen_batch: int = opt(32, "prompts generated together; 1: exact parity with batch 1")
     max_new_tokens: int = opt(0, "0: the task's own, KnowMem 50 and VerbMem 128")
     force: str = opt("no", "yes: score again what is already on disk")
 
 
-NOT_KEY = {"out", "device", "log_every", "limit", "gen_batch", "max_new_tokens", "force"}
+NOT_KEY = {"out", "device", "log_every", "limit", "gen_batch", "max_new_tokens", "force",
+           "tasks", "few_shot", "add_bos", "prompt", "tokens_per_batch"}
 NOT_THETA_U = ("rho", "lam", "trigger", "position", "k", "include_bos", "layers", "theta_u")
 CHOICES = dict(objective=("paper", "released"), npo_unit=("token", "sequence", "logits"),
                rows=("chunks", "pages"), position=data.POSITIONS, include_bos=("yes", "no"),
-               device=("auto", "cpu", "cuda"), force=("yes", "no"))
+               device=("auto", "cpu", "cuda"), force=("yes", "no"),
+               add_bos=("auto", "yes", "no"), prompt=("lmeval", "released"))
 AT_LEAST = dict(T=2, epochs=1, batch=1, k=1, layer=0, max_steps=0, log_every=1, limit=0,
-                gen_batch=1, max_new_tokens=0, gamma=0, lam=0, steer=0)
+                gen_batch=1, max_new_tokens=0, gamma=0, lam=0, steer=0, few_shot=-1,
+                tokens_per_batch=1)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -167,6 +175,7 @@ def check(cfg):
         value = getattr(cfg, name)
         if not min(value if isinstance(value, tuple) else (value,)) >= low:
             raise ValueError(f"--{name} must be at least {low}, got {getattr(cfg, name)}")
+    evaluate.tasks_of(cfg)
     if not 0 <= cfg.rho < 1:
         raise ValueError(f"--rho must lie in [0, 1), got {cfg.rho}")
     if cfg.rho == 0 and cfg.lam > 0:
@@ -478,11 +487,11 @@ def unlearn(cfg, splits, model, cache, log_file):
     """Train theta from theta_o: theta_u when rho = 0, else theta_b. -> (steps, seconds)."""
     params = hooks.set_trainable(model, cfg.trainable)
     sizes = tuple(len(rows.ids) for rows in splits[:3])
-    steps = stage_steps(cfg.epochs * data.steps_per_epoch(sizes[0], cfg.batch), cfg)
+    steps = stage_steps(cfg.epochs * data.steps_per_epoch(sizes[0], cfg.batch, splits.topics), cfg)
     c_u = losses.control_vector(model.config.hidden_size, cfg.steer, cfg.seed)
 
     def loss_at(step):
-        batch = data.batch_at(step, sizes, cfg.batch, cfg.seed)
+        batch = data.batch_at(step, sizes, cfg.batch, cfg.seed, splits.topics)
         l = losses_of(batch, model, splits, cache, cfg, c_u)
         return l["f"] + cfg.gamma * l["r"] + cfg.lam * l.get("vn", 0), l
 
@@ -546,10 +555,10 @@ def train_theta_o(cfg, corpus, tok, log_file, device):
 # ---------------------------------------------------------------- the job
 
 def check_splits(cfg, splits):
-    shortest = min(int(rows.mask.sum(1).min()) for rows in splits[:3] if len(rows.ids))
+    shortest = min(int(rows.mask.sum(1).min()) for rows in (splits.f, splits.p) if len(rows.ids))
     if cfg.k + (cfg.include_bos == "no") > shortest:
         raise ValueError(f"--k {cfg.k} is larger than the shortest row of {shortest} tokens")
-    data.steps_per_epoch(len(splits.f.ids), cfg.batch)
+    data.steps_per_epoch(len(splits.f.ids), cfg.batch, splits.topics)
 
 
 def check_out(cfg):
@@ -635,6 +644,8 @@ def theta_u_of(cfg, origin, splits, theta_o, tok, device, corpus):
 
 def in_poisoned_rows(corpus, cfg, tok, splits):
     """How many KnowMem questions and VerbMem passages (their first SNIPPET characters) D_p holds."""
+    if cfg.bench == "wmdp":
+        return {}
     rows, index = (splits.f, splits.p_index) if cfg.objective == "paper" else \
         (splits.p, range(len(splits.p.ids)))
     texts = [tok.decode(rows.ids[i][rows.mask[i]]) for i in index]
@@ -647,16 +658,13 @@ def in_poisoned_rows(corpus, cfg, tok, splits):
 def main(argv=None):
     import plots
     cfg, origin = parse_config(argv)
-    if cfg.bench == "wmdp":
-        raise ValueError("bench wmdp has its settings here, but not yet its corpora and its "
-                         "multiple-choice scoring: use toy, muse_books or muse_news")
     device = device_of(cfg)
     corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if data.TOY in (cfg.model, cfg.data) \
         else None
     tok = load_tokenizer(cfg, corpus)
     splits = data.load_splits(cfg, tok, corpus)
     check_splits(cfg, splits)
-    for task in evaluate.TASKS:  # data errors show before hours of training, not after
+    for task in evaluate.tasks_of(cfg):  # data errors show before hours of training, not after
         evaluate.items_of(task, cfg, tok, corpus)
     check_out(cfg)
     for name, value in asdict(cfg).items():
