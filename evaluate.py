@@ -357,7 +357,7 @@ def loglikelihoods(model, pairs, tokens, desc="loglikelihood"):
     for n, (context, cont, group) in enumerate(pairs):
         if not 0 < len(cont) <= window:
             raise ValueError(f"a continuation of {len(cont)} tokens cannot be scored: the model "
-                             f"reads up to {window}")
+                             f"reads up to {window}; 0: the tokenizer merges it into the context")
         read = tuple((context + cont)[-(window + 1):][:-1])
         rows.setdefault((group, read), []).append((n, cont))
     batches = _batches(rows, tokens)
