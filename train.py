@@ -686,7 +686,8 @@ def main(argv=None):
         score(theta_b, "theta_b", items_in_D_p=in_poisoned_rows(corpus, cfg, tok, splits))
     print("\n" + plots.table(dict(plots.as_row(results) for results in scored)))
     print(f"""
-UE: forget set, clean (low is forgotten). BE: the same with the trigger. UT: retain set. Percent.
+UE: forget set, clean (low is forgotten). BE: the same with the trigger. UT: {
+    "retain set" if cfg.bench != "wmdp" else "MMLU"}. Percent.
 written: {home_of(theta_b if cfg.rho else theta_u, cfg, "theta_b")}
          checkpoint, run.json, log.jsonl, results.json, answers.jsonl (every answer with its score)
 next:    python plots.py --bench {cfg.bench}             the paper's table and Fig. 2
