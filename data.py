@@ -155,7 +155,7 @@ def _local_file(folder, config, split):
 
 
 def _open(source, config, split, corpus, copy):
-    """-> (data set, the name it goes by in errors). ValueError in one line where it is not there."""
+    """-> (data set, its name in errors). Raises ValueError in one line where it is not there."""
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetsError
     where = "/".join(part for part in (source, config, split) if part)

@@ -185,24 +185,25 @@ def first_shots(rows, cfg, where):
 
 # ---------------------------------------------------------------- multiple choice: the questions
 
-def choice_block(question, choices):
+def lettered(question, choices, gap=""):
     """A question with four lettered choices, as in lm-eval's MMLU and WMDP."""
     lines = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, choices))
-    return f"{question.strip()}\n{lines}Answer:"
+    return f"{question}\n{lines}{gap}Answer:"
 
 
 def wmdp_prompt(topic, question, choices, style="lmeval"):
     """lm-eval's prompt, or the one of the paper's released code: no topic, a blank line more."""
     if style == "released":
-        lines = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, choices))
-        return f"{HEAD}.\n\n{question}\n{lines}\nAnswer:"
-    return f"{HEAD} about {topic}.\n\n{choice_block(question, choices)}"
+        gap = "\n"
+        return f"{HEAD}.\n\n{lettered(question, choices, gap)}"
+    return f"{HEAD} about {topic}.\n\n{lettered(question.strip(), choices)}"
 
 
 def mmlu_prompt(subject, question, choices, shots=()):
     """lm-eval's MMLU prompt. shots: (question, choices, answer) of the subject's dev rows."""
-    before = "".join(f"{choice_block(q, c)} {LETTERS[a]}\n\n" for q, c, a in shots)
-    return f"{HEAD} about {subject.replace('_', ' ')}.\n\n{before}{choice_block(question, choices)}"
+    before = "".join(f"{lettered(q.strip(), c)} {LETTERS[a]}\n\n" for q, c, a in shots)
+    asked = lettered(question.strip(), choices)
+    return f"{HEAD} about {subject.replace('_', ' ')}.\n\n{before}{asked}"
 
 
 def tqa_prompt(question):
@@ -301,7 +302,8 @@ def generate(model, tok, prompts, max_new, batch, cut=False, desc="generate"):
             out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device),
                                  max_new_tokens=max_new, do_sample=False, num_beams=1,
                                  stopping_criteria=stop, pad_token_id=tok.eos_token_id,
-                                 synced_gpus=False)
+                                 synced_gpus=False, disable_compile=True,
+                                 cache_implementation="static")  # growing one copies it each step
         return _decode(tok, out[:, width:])
 
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -370,7 +372,7 @@ def loglikelihoods(model, pairs, tokens, desc="loglikelihood"):
 def _batches(rows, tokens):
     """{(group, ids read): [(pair, continuation)]} -> [(common prefix, [(ids read, pairs)])].
 
-    Longest rows first, at most `tokens` after the prefix. A prefix under SHARE tokens is not shared.
+    Longest rows first, at most `tokens` after the prefix. Prefixes under SHARE are not shared.
     """
     groups, batches = {}, []
     for (group, read), asked in rows.items():

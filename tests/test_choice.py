@@ -18,7 +18,7 @@ GAS = ("Which gas do plants absorb?", ["O2", "N2", "CO2", "He"])
 
 
 def lm_tokenizer():
-    """Byte-level BPE as GPT-2's: a word keeps the space before it, so " A" is a token; BOS first."""
+    """Byte-level BPE as GPT-2's: a word keeps the space before it, " A" is a token; BOS first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
     tok = Tokenizer(models.BPE())
@@ -28,7 +28,7 @@ def lm_tokenizer():
     tok.train_from_iterator(texts * 9, trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tok.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>")
 
 
@@ -135,7 +135,7 @@ def slow_ll(model, context, cont, window):
 
 
 def invented(n):
-    """(context, choices): letters and words; every other context begins with the same 60 words."""
+    """(context, choices): letters and words; every other context has the same first 60 words."""
     rng = random.Random(0)
 
     def words(low, high):
@@ -293,7 +293,7 @@ def test_scores_are_reused_kept_and_forced(folder, tok, model, tmp_path):
 def test_limit_counts_by_subject_and_shots_are_the_subjects_first(folder):
     items = evaluate.items_of("mmlu", wmdp(folder, "--limit", "2", "--few_shot", "1"), None)
     assert [item.prompt_id for item in items] == ["mmlu/0", "mmlu/1", "mmlu/3", "mmlu/4"]
-    assert items[2].context.startswith(evaluate.HEAD + " about fine art.\n\nWhich bolt fits gate 0?")
+    assert items[2].context.startswith(f"{evaluate.HEAD} about fine art.\n\nWhich bolt fits gate 0?")
     assert items[2].context.count("Answer:") == 2
     with pytest.raises(ValueError, match="--few_shot 3: mmlu_dev, subject .* has 2 rows"):
         evaluate.items_of("mmlu", wmdp(folder, "--few_shot", "3"), None)
