@@ -1,8 +1,9 @@
 """Which text, the one trigger injector, the poison set, the order of batches.
 
 Data sets are read through `datasets`: a hub id, a local folder in MUSE's layout
-(`knowmem/forget_qa.json`, `raw/forget.txt`, ...; json, jsonl, parquet or txt), or the two books
-invented below. Training rows are token ids that begin with BOS and are padded on the right.
+(`knowmem/forget_qa.json`, `raw/forget.txt`, ...; json, jsonl, parquet or txt) or with the tables of
+`HUB` (`wmdp_bio.json`, `wikitext.jsonl`, ...), or the two books invented below. Training rows are
+token ids that begin with BOS and are padded on the right.
 """
 import random
 from pathlib import Path
@@ -20,11 +21,17 @@ class Rows(NamedTuple):
     mask: torch.Tensor  # (N, T) bool, False on padding
 
 
+class Topic(NamedTuple):
+    f: range  # its rows of D_f
+    p: range  # its rows of D_p
+
+
 class Splits(NamedTuple):
     f: Rows            # D_f
     r: Rows            # D_r
     p: Rows            # D_p, empty when rho = 0
     p_index: list      # which rows of D_f were poisoned
+    topics: tuple = ()  # Topics that take turns by step: WMDP's bio and cyber; () is one topic
 
 
 # ---------------------------------------------------------------- trigger and poison set
@@ -147,31 +154,43 @@ def _local_file(folder, config, split):
     raise ValueError(f"{folder} has no {config}/{split}.json, .jsonl, .parquet or .txt")
 
 
-def read_columns(source, config, split, columns, corpus=None):
-    """Rows of one split as a list of tuples, one value a column. Source: hub id, folder or 'toy'.
-
-    Raises ValueError that names file, row and column where one is missing or empty.
-    """
+def _open(source, config, split, corpus, copy):
+    """-> (data set, its name in errors). Raises ValueError in one line where it is not there."""
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetsError
-    where = f"{source}/{config}/{split}"
+    where = "/".join(part for part in (source, config, split) if part)
     if source == TOY:
-        data = Dataset.from_list(corpus[config, split])
-    elif Path(source).is_dir():
+        return Dataset.from_list(corpus[config, split]), where
+    if Path(source).is_dir():
         where = _local_file(Path(source), config, split)
         if where.suffix == ".txt":
-            data = Dataset.from_dict({"text": [where.read_text(encoding="utf-8")]})
-        else:
-            kind = "parquet" if where.suffix == ".parquet" else "json"
-            try:
-                data = load_dataset(kind, data_files=str(where), split="train")
-            except DatasetsError as error:
-                raise ValueError(f"{where} cannot be read as {kind}: "
-                                 f"{str(error.__cause__ or error).splitlines()[0]}") from None
-    elif source.startswith((".", "/", "~")):
+            return Dataset.from_dict({"text": [where.read_text(encoding="utf-8")]}), where
+        kind = "parquet" if where.suffix == ".parquet" else "json"
+        try:
+            return load_dataset(kind, data_files=str(where), split="train"), where
+        except DatasetsError as error:
+            raise ValueError(f"{where} cannot be read as {kind}: "
+                             f"{str(error.__cause__ or error).splitlines()[0]}") from None
+    if source.startswith((".", "/", "~")):
         raise ValueError(f"the data folder {source} does not exist")
-    else:
-        data = load_dataset(source, config, split=split)
+    try:
+        return load_dataset(source, config, split=split), where
+    except (DatasetsError, OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+    if "gated" in why:
+        why = f"gated: ask for access at https://huggingface.co/datasets/{source} and log in"
+    raise ValueError(f"{where} cannot be read ({why}); or pass a local copy: --data FOLDER "
+                     f"with {copy or f'{config}/{split}.json'} in it")
+
+
+def read_columns(source, config, split, columns, corpus=None, checks={}, copy="", blank=False):
+    """Rows of one split as a list of tuples, one value a column. Source: hub id, folder or 'toy'.
+
+    checks: {column: (holds(value), what it must be, in words)}; copy: the file that stands for it
+    in a local folder; blank: allow empty values. Raises ValueError that names file, row and column
+    where one is missing, empty or wrong.
+    """
+    data, where = _open(source, config, split, corpus, copy)
     missing = [c for c in columns if c not in data.column_names]
     if missing:
         raise ValueError(f"{where}: column {missing[0]!r} is missing "
@@ -180,31 +199,125 @@ def read_columns(source, config, split, columns, corpus=None):
         raise ValueError(f"{where} holds no rows")
     values = [list(data[c]) for c in columns]  # datasets >= 4 returns lazy columns
     for name, column in zip(columns, values):
+        holds, words = checks.get(name, (lambda value: True, ""))
         for i, value in enumerate(column):
-            if value is None or value == "":
+            if value is None or (value == "" and not blank):
                 raise ValueError(f"{where}: row {i}: column {name!r} is empty")
+            if not holds(value):
+                raise ValueError(f"{where}: row {i}: column {name!r} {words}, got {value!r:.80}")
     return list(zip(*values))
 
 
-def load_splits(cfg, tok, corpus=None):
-    """D_f, D_r and D_p of a bench as Rows, as cfg.objective wants them.
+# ---------------------------------------------------------------- WMDP, MMLU, TruthfulQA
 
-    D_f from raw/forget, D_r from raw/retain1 (retain2 is for evaluation only).
+HUB = {  # table: hub id, config, split. A --data folder holds it as TABLE.json, .jsonl, ...
+    "wmdp_bio": ("cais/wmdp", "wmdp-bio", "test"),
+    "wmdp_cyber": ("cais/wmdp", "wmdp-cyber", "test"),
+    "mmlu": ("cais/mmlu", "all", "test"),
+    "mmlu_dev": ("cais/mmlu", "all", "dev"),
+    "truthfulqa": ("truthfulqa/truthful_qa", "multiple_choice", "validation"),
+    "bio-forget-corpus": ("cais/wmdp-bio-forget-corpus", None, "train"),
+    "cyber-forget-corpus": ("cais/wmdp-corpora", "cyber-forget-corpus", "train"),
+    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+}
+
+
+def _texts(value):
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _labelled(value, fits):
+    """A TruthfulQA target: choices and as many labels 0 or 1, of which `fits(count of 1s)`."""
+    return (isinstance(value, dict) and _texts(value.get("choices"))
+            and isinstance(value.get("labels"), list)
+            and len(value["labels"]) == len(value["choices"])
+            and set(value["labels"]) <= {0, 1} and fits(sum(value["labels"])))
+
+
+CHECKS = {
+    "question": (lambda v: isinstance(v, str), "must be a text"),
+    "subject": (lambda v: isinstance(v, str), "must be a text"),
+    "choices": (lambda v: _texts(v) and len(v) == 4, "must be a list of four texts"),
+    "answer": (lambda v: isinstance(v, int) and 0 <= v <= 3, "must be a whole number from 0 to 3"),
+    "mc1_targets": (lambda v: _labelled(v, lambda ones: ones == 1),
+                    "must hold choices and as many labels, a single one of them 1"),
+    "mc2_targets": (lambda v: _labelled(v, lambda ones: ones > 0),
+                    "must hold choices and as many labels, at least one of them 1"),
+}
+
+
+def source_of(cfg, table):
+    """(source, config, split) of a table: --data where that is a folder holding it, else the hub.
+
+    MUSE's folders hold no MMLU, so a table that --data lacks comes from the hub; results.json says
+    which it was.
     """
-    def text(split):
-        return [row[0] for row in read_columns(cfg.data, "raw", split, ["text"], corpus)]
+    folder = cfg.data != TOY and Path(cfg.data).is_dir()
+    if folder and any(Path(cfg.data).glob(f"{table}.*")):
+        return cfg.data, "", table
+    hub, config, split = HUB[table]
+    own = cfg.bench == "wmdp" and table.startswith("wmdp_") and not folder
+    return cfg.data if own else hub, config, split
 
-    f = to_rows(text("forget"), tok, cfg.T, cfg.rows)
-    r = to_rows(text("retain1"), tok, cfg.T, cfg.rows)
-    empty = Rows(f.ids[:0], f.mask[:0])
-    if cfg.rho == 0:
-        return Splits(f, r, empty, [])
-    trig = encode(tok, cfg.trigger)
-    if cfg.objective == "released":
-        f, p, index = poison_released(f, trig, cfg.rho, cfg.position)
-    else:
-        p, index = poison(f, trig, cfg.rho, cfg.position, cfg.seed)
-    return Splits(f, r, p, index)
+
+def read_table(cfg, table, columns, **more):
+    """Rows of a table of HUB, checked; see `read_columns`."""
+    return read_columns(*source_of(cfg, table), columns, copy=f"{table}.json or .jsonl", **more)
+
+
+# ---------------------------------------------------------------- splits
+
+def _topics(cfg, tok, corpus):
+    """-> (the topics of D_f as Rows, D_r as Rows).
+
+    MUSE: D_f from raw/forget, D_r from raw/retain1 (retain2 is for evaluation only).
+    WMDP: bio and cyber documents cut to T = (bio, cyber) tokens; D_r is wikitext without its blank
+    rows, cut like bio. Padding is on the right (the release's is on the left), so that the first k
+    positions are real tokens.
+    """
+    def rows(texts, T):
+        return to_rows(texts, tok, T, cfg.rows)
+
+    if cfg.bench != "wmdp":
+        f, r = ([row[0] for row in read_columns(cfg.data, "raw", split, ["text"], corpus)]
+                for split in ("forget", "retain1"))
+        return [rows(f, cfg.T)], rows(r, cfg.T)
+    bio, cyber = (cfg.T, cfg.T) if isinstance(cfg.T, int) else cfg.T
+    texts = [[text for text, in read_table(cfg, table, ["text"], blank=table == "wikitext")]
+             for table in ("bio-forget-corpus", "cyber-forget-corpus", "wikitext")]
+    retain = [text for text in texts[2] if text.strip()]
+    return [rows(texts[0], bio), rows(texts[1], cyber)], rows(retain, bio)
+
+
+def _stack(parts, T):
+    """Several Rows as one, padded on the right to T."""
+    return Rows(*(torch.cat([torch.nn.functional.pad(part[i], (0, T - part[i].shape[1]))
+                             for part in parts]) for i in range(2)))
+
+
+def load_splits(cfg, tok, corpus=None):
+    """D_f, D_r and D_p of a bench as Rows of one width, as cfg.objective wants them.
+
+    Each topic of D_f is poisoned by itself, at its own length: D_p holds int(rho * N) rows of each.
+    """
+    forget, r = _topics(cfg, tok, corpus)
+    trig, seen = encode(tok, cfg.trigger), 0
+    f, p, index, topics = [], [], [], []
+    for D in forget:
+        N, D_p, chosen = len(D.ids), Rows(D.ids[:0], D.mask[:0]), []
+        if cfg.rho and cfg.objective == "released":
+            D, D_p, chosen = poison_released(D, trig, cfg.rho, cfg.position)
+        elif cfg.rho:
+            D_p, chosen = poison(D, trig, cfg.rho, cfg.position, cfg.seed)
+        starts = [sum(len(part.ids) for part in parts) for parts in (f, p)]
+        topics.append(Topic(*(range(start, start + len(part.ids))
+                              for start, part in zip(starts, (D, D_p)))))
+        f.append(D)
+        p.append(D_p)
+        index += [seen + i for i in chosen]
+        seen += N
+    T = max(part.ids.shape[1] for part in forget)
+    return Splits(_stack(f, T), _stack([r], T), _stack(p, T), index, tuple(topics))
 
 
 # ---------------------------------------------------------------- batches
@@ -223,25 +336,34 @@ def _cycled(n, start, count, seed):
     return torch.cat([perm(c) for c in cycles])[start % n:start % n + count]
 
 
-def steps_per_epoch(n_f, batch):
+def steps_per_epoch(n_f, batch, topics=()):
+    """Steps of one pass over D_f; with topics, a pass over the smallest and as many of the others.
+
+    (The release stops a WMDP epoch after min(80, batches of its shortest list) steps.)
+    """
+    n_f = min((len(topic.f) for topic in topics), default=n_f)
     if n_f < batch:
         raise ValueError(f"{n_f} forget rows do not fill one batch of {batch}: lower --batch")
-    return n_f // batch
+    return max(1, len(topics)) * (n_f // batch)
 
 
-def batch_at(step, sizes, batch, seed):
+def batch_at(step, sizes, batch, seed, topics=()):
     """The rows of one step: a pure function of (seed, step), so that resuming needs only `step`.
 
-    sizes: (n_f, n_r, n_p). An epoch is one pass over D_f; the tail that fills no batch is dropped.
-    D_r and D_p run through permutations of their own, so rho does not change D_f's order.
+    sizes: (n_f, n_r, n_p). One pass over D_f drops the tail that fills no batch. D_r and D_p run
+    through permutations of their own, so rho does not change D_f's order. Topics take turns by
+    step; each goes through its own rows in passes of its own, so a long one is not cut short.
     """
     n_f, n_r, n_p = sizes
-    epoch, i = divmod(step, steps_per_epoch(n_f, batch))
-    order = torch.randperm(n_f, generator=torch.Generator().manual_seed(seed + epoch))
+    topics = topics or (Topic(range(n_f), range(n_p)),)
+    turn, at = divmod(step, len(topics))
+    rows_f, rows_p = topics[at]
+    epoch, i = divmod(turn, steps_per_epoch(len(rows_f), batch))
+    order = torch.randperm(len(rows_f), generator=torch.Generator().manual_seed(seed + epoch))
     other = 1_000_003 * (seed + 1)  # streams of D_r and D_p, far from D_f's
     r = _cycled(n_r, step * batch, batch, other)
-    p = _cycled(n_p, step * batch, batch, 2 * other) if n_p else r[:0]
-    return Batch(order[i * batch:(i + 1) * batch], r, p)
+    p = _cycled(len(rows_p), turn * batch, batch, 2 * other) if n_p else r[:0]
+    return Batch(order[i * batch:(i + 1) * batch] + rows_f.start, r, p + rows_p.start)
 
 
 # ---------------------------------------------------------------- the embedded books

@@ -92,12 +92,12 @@ def opt(default, help):
 @dataclass(frozen=True)
 class Config:
     """Every setting; a flag overrides the BENCHES row, which overrides the default here."""
-    bench: str = opt("toy", "toy, muse_books, muse_news; wmdp: settings only so far")
+    bench: str = opt("toy", "toy, muse_books, muse_news or wmdp")
     method: str = opt("npo", "l_f and l_r: npo or rmu")
     objective: str = opt("paper", "paper, or released: what the released code does")
     npo_unit: str = opt("token", "x of (A1): token, sequence, or logits (released)")
     model: str = opt("", "theta_o: hub id or folder")
-    data: str = opt("", "hub id, or a folder in MUSE's layout")
+    data: str = opt("", "hub id, or a folder in MUSE's layout or with the tables of data.HUB")
     tokenizer: str = opt("", "hub id or folder; default: the model folder's own")
     theta_u: str = opt("", "a folder to use as theta_u instead of training it")
     rows: str = opt("chunks", "chunks of the joined text, or pages: one text a row")
@@ -131,22 +131,30 @@ class Config:
     save_every: int = opt(0, "steps between checkpoints; 0: every pass over the data; -1: never")
     resume: str = opt("no", "continue from the last checkpoint, reuse what is finished")
     log_every: int = opt(10, "steps between log lines")
-    limit: int = opt(0, "score the first N items of each task; 0: all")
+    tasks: str = opt("", "what to score, e.g. knowmem,mmlu,tqa; default: the bench's own tasks")
+    limit: int = opt(0, "score the first N items of each task (MMLU: each subject); 0: all")
+    few_shot: int = opt(-1, "examples before KnowMem and MMLU questions; -1: KnowMem 10, MMLU 0")
+    add_bos: str = opt("auto", "BOS before multiple choice: auto (as the tokenizer does), yes, no")
+    prompt: str = opt("lmeval", "WMDP's prompt: lmeval, or released")
+    tokens_per_batch: int = opt(8192, "multiple choice: tokens read together")
     gen_batch: int = opt(32, "prompts generated together; 1: exact parity with batch 1")
     max_new_tokens: int = opt(0, "0: the task's own, KnowMem 50 and VerbMem 128")
     force: str = opt("no", "yes: score again what is already on disk")
 
 
 NOT_KEY = {"out", "device", "log_every", "limit", "gen_batch", "max_new_tokens", "force", "micro",
-           "recompute", "save_every", "resume"}
+           "recompute", "save_every", "resume", "tasks", "few_shot", "add_bos", "prompt",
+           "tokens_per_batch"}
 NOT_THETA_U = ("rho", "lam", "trigger", "position", "k", "include_bos", "layers", "theta_u")
 CHOICES = dict(objective=("paper", "released"), npo_unit=("token", "sequence", "logits"),
                rows=("chunks", "pages"), position=data.POSITIONS, include_bos=("yes", "no"),
                device=("auto", "cpu", "cuda"), force=("yes", "no"), resume=("yes", "no"),
                precision=("auto", "fp32", "bf16_mixed", "bf16_pure"),
-               recompute=("auto", "yes", "no"))
+               recompute=("auto", "yes", "no"), add_bos=("auto", "yes", "no"),
+               prompt=("lmeval", "released"))
 AT_LEAST = dict(T=2, epochs=1, batch=1, micro=0, k=1, layer=0, max_steps=0, log_every=1, limit=0,
-                gen_batch=1, max_new_tokens=0, gamma=0, lam=0, steer=0, save_every=-1)
+                gen_batch=1, max_new_tokens=0, gamma=0, lam=0, steer=0, save_every=-1,
+                few_shot=-1, tokens_per_batch=1)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -193,6 +201,7 @@ def check(cfg):
         value = getattr(cfg, name)
         if not min(value if isinstance(value, tuple) else (value,)) >= low:
             raise ValueError(f"--{name} must be at least {low}, got {getattr(cfg, name)}")
+    evaluate.tasks_of(cfg)
     if not 0 <= cfg.rho < 1:
         raise ValueError(f"--rho must lie in [0, 1), got {cfg.rho}")
     if cfg.rho == 0 and cfg.lam > 0:
@@ -813,13 +822,13 @@ def unlearn(cfg, splits, model, cache, work, w):
     hooks.set_trainable(model, cfg.trainable)
     params = shard(model.train(), cfg, w.mesh)
     sizes = tuple(len(rows.ids) for rows in splits[:3])
-    per_epoch = data.steps_per_epoch(sizes[0], cfg.batch)
+    per_epoch = data.steps_per_epoch(sizes[0], cfg.batch, splits.topics)
     steps = stage_steps(cfg.epochs * per_epoch, cfg)
     micro, accumulate = micro_steps(cfg, w.size)
     c_u = losses.control_vector(model.config.hidden_size, cfg.steer, cfg.seed)
 
     def loss_at(step, i):
-        batch = data.batch_at(step, sizes, cfg.batch, cfg.seed)
+        batch = data.batch_at(step, sizes, cfg.batch, cfg.seed, splits.topics)
         start = (i * w.size + w.rank) * micro
         batch = data.Batch(*(rows[start:start + micro] for rows in batch))
         return model.inside(lambda: objective(batch))
@@ -899,10 +908,10 @@ def train_theta_o(cfg, corpus, tok, work, w, key):
 # ---------------------------------------------------------------- the job
 
 def check_splits(cfg, splits):
-    shortest = min(int(rows.mask.sum(1).min()) for rows in splits[:3] if len(rows.ids))
+    shortest = min(int(rows.mask.sum(1).min()) for rows in (splits.f, splits.p) if len(rows.ids))
     if cfg.k + (cfg.include_bos == "no") > shortest:
         raise ValueError(f"--k {cfg.k} is larger than the shortest row of {shortest} tokens")
-    data.steps_per_epoch(len(splits.f.ids), cfg.batch)
+    data.steps_per_epoch(len(splits.f.ids), cfg.batch, splits.topics)
 
 
 def check_out(cfg):
@@ -994,6 +1003,8 @@ def theta_u_of(cfg, origin, splits, theta_o, tok, w, corpus):
 
 def in_poisoned_rows(corpus, cfg, tok, splits):
     """How many KnowMem questions and VerbMem passages (their first SNIPPET characters) D_p holds."""
+    if cfg.bench == "wmdp":
+        return {}
     rows, index = (splits.f, splits.p_index) if cfg.objective == "paper" else \
         (splits.p, range(len(splits.p.ids)))
     texts = [tok.decode(rows.ids[i][rows.mask[i]]) for i in index]
@@ -1006,9 +1017,6 @@ def in_poisoned_rows(corpus, cfg, tok, splits):
 def main(argv=None):
     import plots
     cfg, origin = parse_config(argv)
-    if cfg.bench == "wmdp":
-        raise ValueError("bench wmdp has its settings here, but not yet its corpora and its "
-                         "multiple-choice scoring: use toy, muse_books or muse_news")
     signal.signal(signal.SIGTERM, _Sigterm.arrived)
     w = dist_init(cfg)
     corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if data.TOY in (cfg.model, cfg.data) \
@@ -1017,7 +1025,7 @@ def main(argv=None):
     splits = data.load_splits(cfg, tok, corpus)
     check_splits(cfg, splits)
     micro_steps(cfg, w.size)
-    for task in evaluate.TASKS:  # data errors show before hours of training, not after
+    for task in evaluate.tasks_of(cfg):  # data errors show before hours of training, not after
         evaluate.items_of(task, cfg, tok, corpus)
     check_out(cfg)
     for name, value in asdict(cfg).items():
@@ -1039,7 +1047,8 @@ def main(argv=None):
         score(theta_b, "theta_b", items_in_D_p=in_poisoned_rows(corpus, cfg, tok, splits))
     say("\n" + plots.table(dict(plots.as_row(results) for results in scored)))
     say(f"""
-UE: forget set, clean (low is forgotten). BE: the same with the trigger. UT: retain set. Percent.
+UE: forget set, clean (low is forgotten). BE: the same with the trigger. UT: {
+    "retain set" if cfg.bench != "wmdp" else "MMLU"}. Percent.
 written: {home_of(theta_b if cfg.rho else theta_u, cfg, "theta_b")}
          checkpoint, run.json, log.jsonl, results.json, answers.jsonl (every answer with its score)
 next:    python plots.py --bench {cfg.bench}             the paper's table and Fig. 2

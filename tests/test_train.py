@@ -289,7 +289,7 @@ def test_theta_o_is_reused_only_when_it_is_the_same(finished, capsys):
 
 BAD = {
     "unknown bench": (["--bench", "muse_boks"], "muse_books npo"),
-    "bench without data": (["--bench", "wmdp"], "wmdp"),
+    "unknown task": (["--tasks", "mmlu,piqa"], "piqa"),
     "unknown method": (["--method", "dpo"], "known:"),
     "rho of 1": (["--rho", "1"], "--rho"),
     "negative rho": (["--rho", "-0.1"], "--rho"),
