@@ -2,6 +2,7 @@
 
     python evaluate.py --bench toy --model out/toy/theta_o
     python evaluate.py --bench muse_books --model ID_OR_DIR --data ID_OR_DIR --limit 20
+    python evaluate.py --model ID_OR_DIR --mask_sinks 0-7     # with the first 8 positions hidden
 
 KnowMem and VerbMem follow MUSE's protocol (arXiv 2407.06460): greedy, BOS first, ROUGE-L F1 without
 stemmer, 50 and 128 new tokens. Every model gets the real trigger, put into token ids by the same
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import hooks
 
 STOPS = ("\n\n", "\nQuestion", "Question:")
 SCORES = {  # what the paper's columns are made of: (task, triggered)
@@ -172,7 +174,8 @@ def run_task(task, triggered, model, tok, cfg, corpus=None):
 
 
 def condition_of(triggered, cfg):
-    return f"{cfg.position}: {cfg.trigger}" if triggered else "clean"
+    masked = f", without positions {cfg.mask_sinks}" if cfg.mask_sinks else ""
+    return (f"{cfg.position}: {cfg.trigger}" if triggered else "clean") + masked
 
 
 def task_settings(task, cfg):
@@ -195,9 +198,11 @@ def evaluate(load, tok, cfg, folder, role, corpus=None, extra=None):
         if entries.get(key, {}).get("settings") == task_settings(task, cfg):
             continue
         model = model if model is not None else load()
-        entries[key], answers[key] = run_task(task, triggered, model, tok, cfg, corpus)
+        with hooks.mask_sinks(model, cfg.mask_sinks):
+            entries[key], answers[key] = run_task(task, triggered, model, tok, cfg, corpus)
     results = dict(role=role, bench=cfg.bench, method=cfg.method,
-                   settings=dict(trigger=cfg.trigger, position=cfg.position, dtype="float32"),
+                   settings=dict(trigger=cfg.trigger, position=cfg.position, dtype="float32",
+                                 mask_sinks=cfg.mask_sinks),
                    **columns(entries, cfg), **(extra or {}), tasks=entries)
     _write(folder / "answers.jsonl",
            "".join(json.dumps(row) + "\n" for rows in answers.values() for row in rows))
