@@ -40,7 +40,7 @@ MUSE_BOOKS = dict(model=BOOKS, data="muse-bench/MUSE-Books", tokenizer=LLAMA2, T
 MUSE_NEWS = dict(model=NEWS, data="muse-bench/MUSE-News", tokenizer=LLAMA2, T=2048)
 WMDP = dict(model=ZEPHYR, data="cais/wmdp", T=(512, 768), rows="pages")  # T: bio, cyber
 TOY = dict(model="toy", data="toy", T=104, rows="pages", gen_batch=100)
-SMOL = dict(model=SMOL_ID, data="toy", T=216, rows="pages", n_docs=24)  # 203 tokens + BOS + trigger
+SMOL = dict(model=SMOL_ID, data="toy", T=216, rows="pages", n_docs=16)  # 203 tokens + BOS + trigger
 
 # Table A1 and Appendix C.2. batch is GLOBAL and counts triples; T is not in the paper.    fmt: off
 BENCHES = {
@@ -614,11 +614,11 @@ def home_of(model, cfg, role):
 
 
 def base_of(cfg):
-    """The pretrained model behind theta_o as run.json names it: id or folder, and its origin."""
+    """The model behind theta_o: id or folder, and what its config says of its origin."""
     file = Path(cfg.model) / "config.json"
     config = json.loads(file.read_text()) if file.is_file() else {}
     return dict(model=cfg.model, origin={name: value for name, value in config.items()
-                                         if name == "_name_or_path" or "quant" in name})
+                                         if "name_or_path" in name or "quant" in name})
 
 
 def theta_o_key(cfg):
