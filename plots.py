@@ -142,7 +142,8 @@ def need(records, role, cfg):
                  if getattr(cfg, name) != getattr(row, name) or (name, cfg.method) == ("method", "rmu")
                  for word in (f"--{name}", str(getattr(cfg, name)))]
         masked = f", then evaluate.py --mask_sinks {cfg.mask_sinks}" if cfg.mask_sinks else ""
-        raise Missing(f"needs {role}: python train.py --bench {cfg.bench} {shlex.join(flags)}{masked}")
+        command = shlex.join(["python", "train.py", "--bench", cfg.bench, *flags])
+        raise Missing(f"needs {role}: {command}{masked}")
     return found
 
 
@@ -275,29 +276,28 @@ def table_sinks(records, cfg):
     """Prefix advantage against sink strength: what share of theta_o's BE each placement recovers.
 
     Sink: the attention theta_o's heads pay position 0, mean and strongest head. Advantage: the
-    prefix's share minus the infix's.
+    prefix's share minus the infix's. Command: train.py with --position prefix and infix.
     """
     rows = []
     for lam in (0.0, cfg.lam):
-        shares, sink, n = {}, None, []
-        for position in data.POSITIONS:
-            each = replace(cfg, position=position, lam=lam)
-            runs, o = (runs_of(records, role, each) for role in ("theta_b", "theta_o"))
-            if runs and o:
-                shares[position] = [100 * estimate(runs, "BE", c)[0]
-                                    / max(estimate(o, "BE", c)[0], 1e-9) for c in ("KM", "VM")]
-                sink, n = runs[0]["sink"] or sink, n + [len(runs)]
-        if "prefix" in shares and "infix" in shares and sink:
-            ahead = [a - b for a, b in zip(shares["prefix"], shares["infix"])]
-            rows.append([f"{cfg.bench} {cfg.method}, lam {lam:g}", "/".join(map(str, n)),
+        both = [replace(cfg, position=p, lam=lam) for p in ("prefix", "infix")]
+        runs = [runs_of(records, "theta_b", each) for each in both]
+        o = [runs_of(records, "theta_o", each) for each in both]
+        sink = next((run["sink"] for found in runs for run in found if run["sink"]), None)
+        if all(runs) and all(o) and sink:
+            prefix, infix = ([100 * estimate(b, "BE", c)[0] / max(estimate(a, "BE", c)[0], 1e-9)
+                              for c in ("KM", "VM")] for a, b in zip(o, runs))
+            rows.append([f"{cfg.bench} {cfg.method}, lam {lam:g}",
+                         " / ".join(str(len(found)) for found in runs),
                          f"{sink['mean']:.2f} / {sink['strongest_head']:.2f}",
-                         *(" / ".join(f"{v:.0f}" for v in shares.get(p, ())) or "-"
-                           for p in data.POSITIONS), " / ".join(f"{v:+.0f}" for v in ahead)])
+                         *(" / ".join(f"{v:.0f}" for v in share) for share in (prefix, infix)),
+                         " / ".join(f"{a - b:+.0f}" for a, b in zip(prefix, infix))])
     if not rows:
-        need(records, "theta_b", replace(cfg, position="infix", lam=0.0))
-        need(records, "theta_b", replace(cfg, position="prefix", lam=0.0))
-    return markdown(["model", "seeds", "sink mean / strongest", "prefix KM / VM (%)", "infix",
-                     "suffix", "prefix advantage"], rows)
+        for position in ("prefix", "infix"):
+            need(records, "theta_b", replace(cfg, position=position, lam=0.0))
+        raise Missing("needs runs whose run.json holds the sink strength: train them again")
+    return markdown(["model", "seeds", "sink mean / strongest", "prefix KM / VM (%)",
+                     "infix KM / VM (%)", "advantage KM / VM"], rows)
 
 
 def tables(records, cfg):

@@ -741,13 +741,16 @@ def sweep(cfg, argv):
 
     A cell that fails is listed with its error and stops no other; then the exit code is 1.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--sweep starts its own processes: call it without torchrun")
     runs = [cell_flags(argv, cell) for cell in SWEEPS[cfg.sweep]]
     configs = [parse_config(flags)[0] for flags in runs]
     todo, spent, failed = [not finished(each) for each in configs], [], 0
     check_out(cfg)
     logs = Path(cfg.out) / cfg.bench / f"sweep-{cfg.sweep}"
     logs.mkdir(exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running cell ends too
+    for sig in (signal.SIGINT, signal.SIGTERM):  # the running cell ends with its parent
+        signal.signal(sig, lambda number, _: sys.exit(128 + number))
     print(f"sweep {cfg.sweep}: {len(runs)} cells, {len(runs) - sum(todo)} finished before; "
           f"output of each: {logs}/N.log")
     for i, (cell, flags) in enumerate(zip(SWEEPS[cfg.sweep], runs)):
