@@ -143,12 +143,12 @@ def need(records, role, cfg):
     """`runs_of`, or Missing with the command that makes one."""
     found = runs_of(records, role, cfg)
     if not found:
-        from train import parse_config
+        from train import NOT_KEY, parse_config
         row, _ = parse_config(["--bench", cfg.bench, "--method", cfg.method])
         row = replace(row, method="npo")  # the default: other methods are named
-        flags = [word for name in ("method", "position", "trigger", "rho", "lam", "seed", "n_docs")
-                 if getattr(cfg, name) != getattr(row, name)
-                 for word in (f"--{name}", str(getattr(cfg, name)))]
+        flags = [word for name, value in vars(cfg).items()
+                 if value != getattr(row, name) and name not in NOT_KEY
+                 for word in (f"--{name}", str(value))]
         masked = f", then evaluate.py --mask_sinks {cfg.mask_sinks}" if cfg.mask_sinks else ""
         command = shlex.join(["python", "train.py", "--bench", cfg.bench, *flags])
         raise Missing(f"needs {role}: {command}{masked}")
@@ -618,17 +618,17 @@ def fig5(bench, path):
     figure, axes = canvas(1, len(lams), 5.5 * len(lams), 4.2)
     for axis, lam, theta_b in zip(axes[0], lams, theirs):
         axis.axvspan(-0.5, cfg.k - 0.5, color=COLORS["region"], alpha=0.18, linewidth=0)
-        for name, other, ids, key in (("(i) theta_u on D_f", theta_u, f, "prefix"),
-                                      ("(ii) theta_o on D_p", theta_o, p, "infix"),
-                                      ("(iii) theta_o on D_r", theta_o, r, "suffix")):
+        for name, other, ids, key in (("(i) theta_b, theta_u on D_f", theta_u, f, "prefix"),
+                                      ("(ii) theta_b, theta_o on D_p", theta_o, p, "infix"),
+                                      ("(iii) theta_b, theta_o on D_r", theta_o, r, "suffix")):
             value = correlation(norms_of(theta_b, ids), norms_of(other, ids))
-            axis.plot(value, color=COLORS[key], marker=MARKERS[key], label=f"theta_b, {name}")
+            axis.plot(value, color=COLORS[key], marker=MARKERS[key], label=name)
             means[f"lam {lam:g} {name}"] = round(value[:cfg.k].mean().item(), 4)
         axis.set(xlabel="token position", ylabel="Pearson correlation", title=f"lam {lam:g}")
         axis.grid()
     low = min(axis.get_ylim()[0] for axis in axes[0])
     for axis in axes[0]:
-        axis.set_ylim(low, 1.02)
+        axis.set_ylim(low, 1 + (1 - low) / 20)
     legend_below(figure, axes[0, 0], 3)
     save(figure, path)
     return dict(rows=dict(f=len(f), r=len(r)), mean_of_first_k=means)
