@@ -273,7 +273,8 @@ def test_what_is_missing_is_named_with_its_command_and_nothing_crashes(out, caps
     plots.main(["--out", str(out)])
     said = capsys.readouterr().out
     assert "missing: figA1-npo.png: needs theta_b: python train.py --bench toy --rho 0.05" in said
-    assert "missing: figA2-npo.png: needs theta_b: python train.py --bench toy --lam 0.0 --trigger '!!!!!'" in said
+    command = "python train.py --bench toy --lam 0.0 --trigger '!!!!!'"
+    assert f"missing: figA2-npo.png: needs theta_b: {command}" in said
     assert "missing: fig3-npo.png: needs" in said and "not on this machine" in said
     assert "missing: masked: needs theta_b" in said
     assert (out / "toy" / "fig2-npo.png").is_file() and (out / "toy" / "table1.md").is_file()
