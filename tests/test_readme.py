@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import plots
 import train
 
 HERE = Path(__file__).parent.parent
@@ -17,7 +18,8 @@ def test_readme_commands_parse(line, tmp_path):
     words = [w.replace("DIR", str(tmp_path)) for w in shlex.split(line, comments=True)]
     assert (HERE / words[1]).is_file()
     if "--help" not in words:
-        train.parse_config(words[2:])
+        rest = plots.split_flags(words[2:])[1] if words[1] == "plots.py" else words[2:]
+        train.parse_config(rest)
 
 
 def test_readme_names_tests_functions_and_pictures_that_exist():
