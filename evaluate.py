@@ -304,13 +304,14 @@ def generate(model, tok, prompts, max_new, batch, cut=False, desc="generate"):
             out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device),
                                  max_new_tokens=max_new, do_sample=False, num_beams=1,
                                  stopping_criteria=stop, pad_token_id=tok.eos_token_id,
-                                 synced_gpus=False, disable_compile=True,
-                                 cache_implementation="static")  # growing one copies it each step
+                                 synced_gpus=False, disable_compile=True, **cache)
         return _decode(tok, out[:, width:])
 
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts, device, width = [None] * len(prompts), next(model.parameters()).device, 0
     stop = StoppingCriteriaList([CutBites()] if cut else [])
+    # a growing cache is copied at every step; `hooks.mask_sinks` needs the plain mask it comes with
+    cache = {} if model.base_model._forward_pre_hooks else dict(cache_implementation="static")
     batches = [order[start:start + batch] for start in range(0, len(order), batch)]
     for part, answers in zip(batches, over_ranks(answer, batches, desc)):
         for i, text in zip(part, answers):

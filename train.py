@@ -1086,8 +1086,11 @@ def finished(cfg):
     if not run.is_file() or not results.is_file():
         return False
     scored, key = json.loads(results.read_text()), json.loads(json.dumps(settings_key(cfg)[0]))
-    wanted = {f"{task}|{evaluate.condition_of(triggered, cfg)}": evaluate.task_settings(task, cfg)
-              for group in evaluate.SCORES.values() for task, triggered in group.values()}
+    tok = load_tokenizer(cfg, None) if cfg.bench == "wmdp" else None  # for its BOS rule
+    wanted = {f"{task}|{evaluate.condition_of(triggered, cfg)}":
+              evaluate.task_settings(task, cfg, tok)
+              for group in evaluate.SCORES.values() for task, triggered in group.values()
+              if task in evaluate.tasks_of(cfg)}
     return json.loads(run.read_text())["key"] == key and all(
         scored["tasks"].get(name, {}).get("settings") == settings
         for name, settings in wanted.items())

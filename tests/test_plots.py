@@ -323,7 +323,7 @@ def test_sweep_skips_finished_cells_lists_failed_ones_and_goes_on(tmp_path, monk
         folder = write_run(tmp_path, flags, (1, 2, 3, 4, 5))
         results = json.loads((folder / "results.json").read_text())
         for name, entry in results["tasks"].items():
-            entry["settings"] = evaluate.task_settings(name.split("|")[0], cfg)
+            entry["settings"] = evaluate.task_settings(name.split("|")[0], cfg, None)
         (folder / "results.json").write_text(json.dumps(results))
         return 0.1, ""
 
