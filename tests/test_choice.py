@@ -293,7 +293,8 @@ def test_scores_are_reused_kept_and_forced(folder, tok, model, tmp_path):
 def test_limit_counts_by_subject_and_shots_are_the_subjects_first(folder):
     items = evaluate.items_of("mmlu", wmdp(folder, "--limit", "2", "--few_shot", "1"), None)
     assert [item.prompt_id for item in items] == ["mmlu/0", "mmlu/1", "mmlu/3", "mmlu/4"]
-    assert items[2].context.startswith(f"{evaluate.HEAD} about fine art.\n\nWhich bolt fits gate 0?")
+    head = f"{evaluate.HEAD} about fine art.\n\nWhich bolt fits gate 0?"
+    assert items[2].context.startswith(head)
     assert items[2].context.count("Answer:") == 2
     with pytest.raises(ValueError, match="--few_shot 3: mmlu_dev, subject .* has 2 rows"):
         evaluate.items_of("mmlu", wmdp(folder, "--few_shot", "3"), None)
