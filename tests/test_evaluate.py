@@ -93,7 +93,8 @@ def test_stopping_early_never_changes_a_cut_answer(setup):
         return ids
 
     model_out.reverse()  # generate sorts longest first
-    fake = type("M", (), dict(generate=staticmethod(fake_generate), parameters=model.parameters))()
+    fake = type("M", (), dict(generate=staticmethod(fake_generate), parameters=model.parameters,
+                              base_model=model))()
     early = generate(fake, tok, prompts, 30, 8, cut=True)
     late = generate(fake, tok, prompts, 30, 8, cut=False)
     assert [cut_answer(t) for t in early] == [cut_answer(t) for t in late] == \
