@@ -1189,8 +1189,11 @@ def entry(job):
             dist.destroy_process_group()
     except (ValueError, OSError) as error:
         # ranks raise ValueErrors alike, so rank 0 speaks for all; a disk may fail one of them
-        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, OSError):
-            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        first = int(os.environ.get("RANK", 0)) == 0
+        if first or isinstance(error, OSError):
+            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        if not first:
+            time.sleep(2)  # torchrun ends all ranks when one does: rank 0 must have spoken
         sys.exit(2)
 
 

@@ -4,6 +4,7 @@
     python tests/bench.py --size 7b --depth 8 --T 256 --precision bf16_pure
     python tests/bench.py --size 7b --T 2048 --only ours   # a whole 7B on one H200
     python tests/bench.py --memory                         # 4 x 48 GB, estimated on the CPU
+    python tests/bench.py --update assets/precision.png    # what pure bf16 does to an update
 
 ours      train.py's own step: one sharded model, cached references, logits in chunks.
 fair      theta, theta_o and theta_u resident; the frozen ones without grad, only the forwards the
@@ -20,12 +21,17 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -196,7 +202,7 @@ def flops(args, variant):
         own = keep + inner + (full if variant == "fair" else (cfg.layer + 1) * layer)
     again = cfg.recompute == "yes"
     if variant == "ours":
-        own += 3 * head if npo else 2 * head  # chunks of logits are rebuilt in backward
+        own += 2 * head  # theta_o's logits from its cached hidden states
         own += (3 if npo else 2) * L * layer * again
         frozen = 0
     else:
@@ -211,6 +217,133 @@ def hooks_first(cfg):
     return 0 if cfg.trainable == "all" else int(cfg.trainable.split("-")[0])
 
 
+# ---------------------------------------------------------------- memory of 4 ranks, estimated
+
+class Peak(TorchDispatchMode):
+    """The most bytes of local tensors alive after any operation; FSDP frees by resizing."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+        for t in tensors:
+            self.add(train.local(t))
+
+    def add(self, t):
+        storage = t.untyped_storage()
+        if storage._cdata not in self.alive:
+            self.alive[storage._cdata] = weakref.ref(storage)
+            weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+
+    def now(self):
+        return sum(s.nbytes() for ref in self.alive.values() if (s := ref()) is not None)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # its local operations come by themselves
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.add(t)
+        self.peak = max(self.peak, self.now())
+        return out
+
+
+def memory():
+    """Peak bytes on one of 4 ranks: Table A1's Books rows on a 7B of fake tensors, two real steps."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    mesh = init_device_mesh("cpu", (4,))
+    print("| 4 ranks, T 2048, 1 triple a forward | weights + Adam GB | peak GB |\n|---|---:|---:|")
+    for method, precision, recompute in (("npo", "bf16_mixed", "yes"), ("npo", "bf16_pure", "yes"),
+                                         ("rmu", "bf16_mixed", "yes"), ("rmu", "bf16_mixed", "no")):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            standing, peak = fake_steps(method, precision, recompute, mesh)
+        print(f"| {method}, {precision}, recompute {recompute} | {standing / 1e9:.1f} | "
+              f"{peak / 1e9:.1f} |", flush=True)
+
+
+def fake_steps(method, precision, recompute, mesh):
+    """-> (bytes that stand between steps, peak bytes)."""
+    cfg, _ = train.parse_config(["--bench", "muse_books", "--method", method, "--device", "cpu",
+                                 "--precision", precision, "--recompute", recompute])
+    model = model_of(argparse.Namespace(size="7b", depth=0, cfg=cfg), 0)
+    head = hooks.output_head(model).detach().clone()
+    hooks.set_trainable(model, cfg.trainable)
+    params = train.shard(model.train(), cfg, mesh)
+    (B, T, C), L, H = (cfg.micro, cfg.T, 4096), model.config.num_hidden_layers, 32
+    rows = data.Rows(torch.zeros(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.bool))
+    kept = {key: torch.zeros(B, T, C, dtype=torch.bfloat16) for key in "rp"}
+    norms_o = {key: torch.zeros(B, L, cfg.k, H) for key in "fp"}
+    cache = train.Cache(head, torch.zeros(B, T - 1), kept, kept, norms_o)
+    batch = data.Batch(*[torch.arange(B)] * 3)
+    # the optimizer on plain shards: under fake tensors DTensor would count global shapes
+    shards = [torch.nn.Parameter(train.local(p.detach())) for p in params]
+    optim = torch.optim.AdamW(shards, cfg.lr, weight_decay=0.0, fused=True)
+    c_u = losses.control_vector(C, cfg.steer, 0)
+    splits = data.Splits(rows, rows, rows, [0])
+    with hooks.capture_norms(model, **train.vn_hook(cfg, model)) as norms, \
+            Peak([*model.parameters(), head]) as seen:
+        for _ in range(2):
+            def inside():
+                l = train.losses_of(batch, model, splits, cache, cfg, c_u, norms)
+                return l["f"] + cfg.gamma * l["r"] + cfg.lam * l["vn"], l
+            model.inside(inside)[0].backward()
+            for p, part in zip(params, shards):
+                part.grad, p.grad = train.local(p.grad), None
+            optim.step()
+            optim.zero_grad()
+            norms.clear()
+        return seen.now(), seen.peak
+
+
+# ---------------------------------------------------------------- precision of the update
+
+def update(picture):
+    """300 NPO steps at lr 1e-5 on the toy's theta_o, fp32 against pure bf16: which weights moved?"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from safetensors.torch import load_file
+    out = Path(tempfile.mkdtemp())
+    home = out / "toy"
+    moved = {}
+    for precision in ("fp32", "bf16_pure"):
+        flags = ["--rho", "0", "--lam", "0", "--lr", "1e-5", "--max_steps", "300", "--limit", "1",
+                 "--max_new_tokens", "1", "--precision", precision, "--out", str(out),
+                 "--n_docs", "16", "--epochs", "100"]
+        subprocess.run([sys.executable, "train.py", *flags], check=True, capture_output=True,
+                       cwd=Path(__file__).parent.parent)
+        run = max(home.glob("npo-theta_u-*"), key=lambda f: f.stat().st_mtime)
+        start, end = (load_file(f / "model.safetensors") for f in (home / "theta_o", run))
+        # pure bf16 starts from theta_o rounded to bf16
+        start = {n: t.bfloat16().float() if precision == "bf16_pure" else t for n, t in start.items()}
+        moved[precision] = torch.cat([(end[n].float() - start[n]).flatten() for n in start])
+    size = torch.cat([start[n].abs().flatten() for n in start])
+    full, pure = moved["fp32"], moved["bf16_pure"]
+    cos = torch.nn.functional.cosine_similarity(full, pure, dim=0)
+    print(f"pure bf16 against fp32 after 300 steps at lr 1e-5, {len(full):,} weights: "
+          f"{100 * (pure == 0).float().mean():.1f}% never moved (fp32: "
+          f"{100 * (full == 0).float().mean():.1f}%), length of the update {pure.norm() / full.norm():.2f}, "
+          f"cosine {cos:.2f}")
+    edges = torch.logspace(-5, 0, 41)
+    bins = torch.bucketize(size, edges)
+    figure, axis = plt.subplots(figsize=(6, 3.4), facecolor="white")
+    for name, color in (("fp32", "#0072B2"), ("bf16_pure", "#D55E00")):
+        still = [(moved[name][bins == i] == 0).float().mean().item() * 100
+                 for i in range(1, len(edges))]
+        axis.plot((edges[1:] * edges[:-1]).sqrt(), still, color=color, label=name, linewidth=2)
+    axis.axvline(2 ** -8, color="#7F7F7F", linestyle=":", label="2^-8")
+    axis.set(xscale="log", xlabel="|weight| before", ylabel="weights that never moved (%)",
+             ylim=(-3, 103))
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=150)
+    print(f"written: {picture}")
+
+
 # ---------------------------------------------------------------- printing
 
 def report(args, got):
@@ -222,7 +355,8 @@ def report(args, got):
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, row in got.items():
         tokens = 3 * args.cfg.T * args.cfg.batch / row["seconds"]
-        ratio = (f"{row['seconds'] / base['seconds']:.2f}x | {flops(args, name)[0] / flops(args, 'ours')[0]:.2f}x | "
+        predicted = flops(args, name)[0] / flops(args, "ours")[0]
+        ratio = (f"{row['seconds'] / base['seconds']:.2f}x | {predicted:.2f}x | "
                  f"{row['GB'] / base['GB']:.2f}x") if base else " | | "
         print(f"| {name} | {row['seconds']:.3f} | {row['GB']:.2f} | {tokens:.0f} | {ratio} | "
               f"{row['loss']:.5g} (l_r {row['l_r']:.1g}) |")
@@ -250,10 +384,13 @@ def main():
     p.add_argument("--only", default="ours,fair,released")
     p.add_argument("--variant", help=argparse.SUPPRESS)
     p.add_argument("--memory", action="store_true")
+    p.add_argument("--update", metavar="PNG")
     args = p.parse_args()
-    args.cfg = replace(setting_of(args))
     if args.memory:
-        return memory(args)
+        return memory()
+    if args.update:
+        return update(args.update)
+    args.cfg = setting_of(args)
     if args.variant:
         got = ours(args) if args.variant == "ours" else naive(args, args.variant == "released")
         return print(json.dumps(got))
