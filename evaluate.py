@@ -537,7 +537,8 @@ def evaluate(load, tok, cfg, folder, role, corpus=None, extra=None):
     load() -> the model, called only where some score is not on disk yet, and only once all data
     have been read. Under torch.distributed every rank scores a share and rank 0 writes. -> results.
     """
-    folder = Path(folder)
+    from train import dtype_of
+    folder, dtype = Path(folder), str(dtype_of(cfg)).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     entries, answers = _on_disk(folder)
     due = [(task, triggered, f"{task}|{condition_of(triggered, cfg)}")
@@ -551,7 +552,7 @@ def evaluate(load, tok, cfg, folder, role, corpus=None, extra=None):
         with hooks.mask_sinks(model, cfg.mask_sinks):
             entries[key], answers[key] = run_task(task, triggered, items[task], model, tok, cfg)
     results = dict(role=role, bench=cfg.bench, method=cfg.method,
-                   settings=dict(trigger=cfg.trigger, position=cfg.position, dtype="float32",
+                   settings=dict(trigger=cfg.trigger, position=cfg.position, dtype=dtype,
                                  add_bos=cfg.add_bos, mask_sinks=cfg.mask_sinks),
                    **columns(entries, cfg), **(extra or {}), tasks=entries)
     if ranks()[0] == 0:

@@ -330,7 +330,7 @@ def shard(model, cfg, mesh):
 
     bf16_mixed computes and gathers in bf16, reduces in fp32, and keeps fp32 master weights and
     Adam state of what is trained: only the shard is cast, so no full fp32 copy ever exists.
-    bf16_pure leaves out the cast, as released. Frozen weights stay as loaded. Code that uses the
+    bf16_pure has bf16 everywhere, as released. Frozen weights stay as loaded. Code that uses the
     weights runs inside `model.inside(fn)`, so that the root's are gathered and its gradients
     reduced. Checkpointed layers are recomputed in backward (no RNG: nothing here drops out).
     """
@@ -339,8 +339,8 @@ def shard(model, cfg, mesh):
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False,
                                     preserve_rng_state=False)
-    bf16 = precision_of(cfg) != "fp32"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) \
+        if precision_of(cfg) == "bf16_mixed" else MixedPrecisionPolicy()
     for unit in (*blocks, model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     if precision_of(cfg) == "bf16_mixed":

@@ -3,6 +3,7 @@
     python tests/bench.py --size 15m                       # CPU or GPU, random weights
     python tests/bench.py --size 7b --depth 8 --T 256 --precision bf16_pure
     python tests/bench.py --size 7b --T 2048 --only ours   # a whole 7B on one H200
+    python tests/bench.py --size 7b --fake                 # peak memory alone, on fake tensors
     python tests/bench.py --memory                         # 4 x 48 GB, estimated on the CPU
     python tests/bench.py --update assets/precision.png    # what pure bf16 does to an update
 
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 import weakref
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -87,7 +88,7 @@ def rows_of(args):
 # ---------------------------------------------------------------- the three steps
 
 def ours(args):
-    cfg, splits, w = args.cfg, rows_of(args), train.dist_init(args.cfg)
+    cfg, splits, w = args.cfg, rows_of(args), args.w
     norms_u = train.norms_over("f", model_of(args, 1), cfg, splits, w) if cfg.lam else None
     model = model_of(args, 0)
     cache = train.build_cache(cfg, splits, norms_u, model, w)
@@ -128,11 +129,11 @@ def naive(args, released):
     mask = torch.ones_like(f, dtype=torch.bool)
 
     def run(model, ids, logits=True):
-        with hooks.capture_norms(model, **train.vn_hook(cfg, model)) as norms, \
-                hooks.capture_hidden(model, cfg.layer) as acts:
+        captured[model].clear()
+        with hooks.capture_hidden(model, cfg.layer) as acts:
             out = model(input_ids=ids, use_cache=False).logits if logits else \
                 hooks.final_hidden(model, ids)
-        return out, acts[cfg.layer], hooks.stack_norms(norms) if cfg.lam else None
+        return out, acts[cfg.layer], hooks.stack_norms(captured[model])
 
     def loss():
         npo = cfg.method == "npo"
@@ -157,11 +158,16 @@ def naive(args, released):
                                        losses.value_norm(mine["p"][2], o["p"][2]))
         return value, l_r
 
-    return timed(loss, params, args)
+    with ExitStack() as stack:  # hooks on theta must outlive the backward
+        captured = {m: stack.enter_context(hooks.capture_norms(m, **train.vn_hook(cfg, m)))
+                    for m in (theta, theta_o, theta_u)}
+        return timed(loss, params, args)
 
 
 def timed(loss, params, args):
     """Median seconds of whole steps after a first one; the losses at step 0; peak memory in GB."""
+    if args.fake:
+        return fake(lambda: loss()[0], params)
     cuda = train.device_of(args.cfg) == "cuda"
     optim = torch.optim.AdamW(params, 1e-5, weight_decay=0.0, fused=True)
     spent, first = [], None
@@ -278,24 +284,41 @@ def fake_steps(method, precision, recompute, mesh):
     norms_o = {key: torch.zeros(B, L, cfg.k, H) for key in "fp"}
     cache = train.Cache(head, torch.zeros(B, T - 1), kept, kept, norms_o)
     batch = data.Batch(*[torch.arange(B)] * 3)
-    # the optimizer on plain shards: under fake tensors DTensor would count global shapes
-    shards = [torch.nn.Parameter(train.local(p.detach())) for p in params]
-    optim = torch.optim.AdamW(shards, cfg.lr, weight_decay=0.0, fused=True)
     c_u = losses.control_vector(C, cfg.steer, 0)
     splits = data.Splits(rows, rows, rows, [0])
     with hooks.capture_norms(model, **train.vn_hook(cfg, model)) as norms, \
             Peak([*model.parameters(), head]) as seen:
-        for _ in range(2):
+        def loss():
             def inside():
                 l = train.losses_of(batch, model, splits, cache, cfg, c_u, norms)
                 return l["f"] + cfg.gamma * l["r"] + cfg.lam * l["vn"], l
-            model.inside(inside)[0].backward()
-            for p, part in zip(params, shards):
-                part.grad, p.grad = train.local(p.grad), None
-            optim.step()
-            optim.zero_grad()
-            norms.clear()
+            return model.inside(inside)[0]
+        fake(loss, params)
+        norms.clear()
         return seen.now(), seen.peak
+
+
+def fake(loss, params):
+    """Two steps on fake tensors; Adam on plain shards, or DTensor would count global shapes."""
+    shards = [torch.nn.Parameter(train.local(p.detach())) for p in params]
+    optim = torch.optim.AdamW(shards, 1e-5, weight_decay=0.0, fused=True)
+    for _ in range(2):
+        loss().backward()
+        for p, part in zip(params, shards):
+            part.grad, p.grad = train.local(p.grad), None
+        optim.step()
+        optim.zero_grad()
+
+
+def fake_variant(args):
+    """Peak memory of one variant with its whole model, on fake tensors and one fake rank."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    args.w = train.dist_init(args.cfg)
+    with FakeTensorMode(allow_non_fake_inputs=True), Peak([]) as seen:
+        ours(args) if args.variant == "ours" else naive(args, args.variant == "released")
+    return dict(seconds=float("nan"), GB=seen.peak / 1e9, loss=float("nan"), l_r=float("nan"))
 
 
 # ---------------------------------------------------------------- precision of the update
@@ -384,6 +407,7 @@ def main():
     p.add_argument("--only", default="ours,fair,released")
     p.add_argument("--variant", help=argparse.SUPPRESS)
     p.add_argument("--memory", action="store_true")
+    p.add_argument("--fake", action="store_true")
     p.add_argument("--update", metavar="PNG")
     args = p.parse_args()
     if args.memory:
@@ -392,6 +416,9 @@ def main():
         return update(args.update)
     args.cfg = setting_of(args)
     if args.variant:
+        if args.fake:
+            return print(json.dumps(fake_variant(args)))
+        args.w = train.dist_init(args.cfg)
         got = ours(args) if args.variant == "ours" else naive(args, args.variant == "released")
         return print(json.dumps(got))
     got = {}
