@@ -74,7 +74,8 @@ def _in_parts(blocks, shapes, n, keep):
     def pack(module, args):
         parts = [args[0][:n, :keep], args[0][n:]][-len(shapes):] if n < len(args[0]) else \
             [args[0][:, :keep]]
-        return torch.cat([part.flatten(0, 1)[None] for part in parts], 1), *args[1:]  # (1, tokens, C)
+        packed = torch.cat([part.flatten(0, 1)[None] for part in parts], 1)  # (1, tokens, C)
+        return packed, *args[1:]
 
     def parted(forward):
         def run(packed, position_embeddings, **kwargs):

@@ -409,6 +409,8 @@ def fig_a2(records, cfg, path):
 
 def _scatter(axis, records, cfg, o, u, panel):
     gx, cx, gy, cy = panel
+    if gx not in o[0]["scores"] or cx not in o[0]["scores"][gx]:
+        raise Missing(f"is of {gx} {cx}, which bench {cfg.bench} does not score")
     middle = [(estimate(o, g, c)[0] + estimate(u, g, c)[0]) / 2 for g, c in ((gx, cx), (gy, cy))]
     low, high = (-5, middle[1]) if gy == "UE" else (0.9 * estimate(o, gy, cy)[0], 105)
     axis.fill_between([middle[0], 105], low, high, color=COLORS["region"], alpha=0.18, linewidth=0,

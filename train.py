@@ -1171,6 +1171,7 @@ def main(argv=None):
     if cfg.rho:
         theta_b = run_stage(cfg, origin, splits, theta_o, theta_u, tok, w, "theta_b")
         score(theta_b, "theta_b", items_in_D_p=in_poisoned_rows(corpus, cfg, tok, splits))
+    ablation = ("" if cfg.bench == "toy" else f"--bench {cfg.bench} ") + "--position suffix"
     say("\n" + plots.table(dict(plots.as_row(results) for results in scored)))
     say(f"""
 UE: forget set, clean (low is forgotten). BE: the same with the trigger. UT: {
@@ -1178,7 +1179,7 @@ UE: forget set, clean (low is forgotten). BE: the same with the trigger. UT: {
 written: {home_of(theta_b if cfg.rho else theta_u, cfg, "theta_b")}
          checkpoint, run.json, log.jsonl, results.json, answers.jsonl (every answer with its score)
 next:    python plots.py --bench {cfg.bench}             the paper's table and Fig. 2
-         python train.py --position suffix      an ablation is one flag; theta_o is reused""")
+         python train.py {ablation}      an ablation is one flag; theta_o is reused""")
 
 
 def entry(job):

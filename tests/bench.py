@@ -184,7 +184,8 @@ def timed(loss, params, args):
         first = first or (value.item(), kl.item())
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return dict(seconds=sorted(spent[1:])[len(spent[1:]) // 2], GB=peak, loss=first[0], l_r=first[1])
+    median = sorted(spent[1:])[len(spent[1:]) // 2]
+    return dict(seconds=median, GB=peak, loss=first[0], l_r=first[1])
 
 
 # ---------------------------------------------------------------- FLOPs
@@ -255,23 +256,22 @@ class Peak(TorchDispatchMode):
 
 
 def memory():
-    """Peak bytes on one of 4 ranks: Table A1's Books rows on a 7B of fake tensors, two real steps."""
+    """Peak bytes on one of 4 ranks: Table A1's Books rows, a 7B of fake tensors, two steps."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     mesh = init_device_mesh("cpu", (4,))
-    print("| 4 ranks, T 2048, 1 triple a forward | weights + Adam GB | peak GB |\n|---|---:|---:|")
+    print("| 4 ranks, T 2048, 1 triple a forward | peak GB |\n|---|---:|")
     for method, precision, recompute in (("npo", "bf16_mixed", "yes"), ("npo", "bf16_pure", "yes"),
                                          ("rmu", "bf16_mixed", "yes"), ("rmu", "bf16_mixed", "no")):
         with FakeTensorMode(allow_non_fake_inputs=True):
-            standing, peak = fake_steps(method, precision, recompute, mesh)
-        print(f"| {method}, {precision}, recompute {recompute} | {standing / 1e9:.1f} | "
-              f"{peak / 1e9:.1f} |", flush=True)
+            peak = fake_steps(method, precision, recompute, mesh)
+        print(f"| {method}, {precision}, recompute {recompute} | {peak / 1e9:.1f} |", flush=True)
 
 
 def fake_steps(method, precision, recompute, mesh):
-    """-> (bytes that stand between steps, peak bytes)."""
+    """-> peak bytes of two steps."""
     cfg, _ = train.parse_config(["--bench", "muse_books", "--method", method, "--device", "cpu",
                                  "--precision", precision, "--recompute", recompute])
     model = model_of(argparse.Namespace(size="7b", depth=0, cfg=cfg), 0)
@@ -294,8 +294,7 @@ def fake_steps(method, precision, recompute, mesh):
                 return l["f"] + cfg.gamma * l["r"] + cfg.lam * l["vn"], l
             return model.inside(inside)[0]
         fake(loss, params)
-        norms.clear()
-        return seen.now(), seen.peak
+        return seen.peak
 
 
 def fake(loss, params):
@@ -324,7 +323,7 @@ def fake_variant(args):
 # ---------------------------------------------------------------- precision of the update
 
 def update(picture):
-    """300 NPO steps at lr 1e-5 on the toy's theta_o, fp32 against pure bf16: which weights moved?"""
+    """300 NPO steps at lr 1e-5 on a toy theta_o, fp32 against pure bf16: which weights moved?"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -340,16 +339,16 @@ def update(picture):
                        cwd=Path(__file__).parent.parent)
         run = max(home.glob("npo-theta_u-*"), key=lambda f: f.stat().st_mtime)
         start, end = (load_file(f / "model.safetensors") for f in (home / "theta_o", run))
-        # pure bf16 starts from theta_o rounded to bf16
-        start = {n: t.bfloat16().float() if precision == "bf16_pure" else t for n, t in start.items()}
+        if precision == "bf16_pure":  # it starts from theta_o rounded to bf16
+            start = {name: t.bfloat16().float() for name, t in start.items()}
         moved[precision] = torch.cat([(end[n].float() - start[n]).flatten() for n in start])
     size = torch.cat([start[n].abs().flatten() for n in start])
     full, pure = moved["fp32"], moved["bf16_pure"]
     cos = torch.nn.functional.cosine_similarity(full, pure, dim=0)
     print(f"pure bf16 against fp32 after 300 steps at lr 1e-5, {len(full):,} weights: "
           f"{100 * (pure == 0).float().mean():.1f}% never moved (fp32: "
-          f"{100 * (full == 0).float().mean():.1f}%), length of the update {pure.norm() / full.norm():.2f}, "
-          f"cosine {cos:.2f}")
+          f"{100 * (full == 0).float().mean():.1f}%), length of the update "
+          f"{pure.norm() / full.norm():.2f}, cosine {cos:.2f}")
     edges = torch.logspace(-5, 0, 41)
     bins = torch.bucketize(size, edges)
     figure, axis = plt.subplots(figsize=(6, 3.4), facecolor="white")
@@ -374,7 +373,8 @@ def report(args, got):
     print(f"\n{args.size}: {args.cfg.method}, lam {args.cfg.lam:g}, {args.cfg.batch} triples of "
           f"T = {args.cfg.T}, depth {args.depth or SIZES[args.size][2]}, {args.precision}, "
           f"recompute {args.recompute}, {train.device_of(args.cfg)}")
-    print("| step | seconds | peak GB | tokens/s | against ours: time | predicted | memory | loss |")
+    print("| step | seconds | peak GB | tokens/s | against ours: time | predicted | memory | "
+          "loss |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, row in got.items():
         tokens = 3 * args.cfg.T * args.cfg.batch / row["seconds"]

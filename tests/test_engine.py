@@ -1,4 +1,4 @@
-"""The engine: any number of ranks, the same numbers; whatever happens, a checkpoint to go on from."""
+"""The engine: the same numbers on any number of ranks; always a checkpoint to go on from."""
 import json
 import os
 import subprocess
