@@ -5,7 +5,8 @@
 
 batch: a random Llama of 15.7M with DIR's tokenizer, prompts as long as MUSE's with invented words.
 lm_eval: each JSON line of FILE holds a "context", its "choices" (continuations with their leading
-space) and a "task" (rows of one task share what their contexts begin with); both programs score them in fp32 in one process. CPU seconds are printed.
+space) and a "task" (rows of one task share what their contexts begin with); both programs score
+them in fp32 in one process. CPU seconds are printed.
 """
 import argparse
 import json
