@@ -128,23 +128,39 @@ def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
     The first k positions, with position 0 unless include_bos is off; k=None takes every position.
     per_head=False gives the norm of the whole v_proj output as (B, k, 1), as the release does.
     The norm is taken in the hook: a kept slice would pin all of [B, T, D]. A layer that takes its
-    rows in parts (`hidden_leaving`) appends one tensor for each. Recomputation in backward runs
-    the hook too, so it must outlive the backward, and a next forward clears the dict first.
+    rows in parts (`hidden_leaving`) appends one tensor for each. The dict holds the last forward.
+    Recomputation in backward runs the hook of each layer again, so it must outlive the backward;
+    what it gives then is not kept, or it would keep every recomputed layer alive.
     """
-    norms, H = {}, model.config.num_key_value_heads if per_head else 1
+    norms, H, whole = {}, model.config.num_key_value_heads if per_head else 1, False
     first = 0 if include_bos else 1
     stop = None if k is None else first + k
+
+    def begin(*_):
+        nonlocal whole
+        norms.clear()
+        whole = True
+
+    def end(*_):
+        nonlocal whole
+        whole = False
 
     def hook(layer):
         def take(module, args, out):
             v = out[:, first:stop]
             norm = v.reshape(*v.shape[:2], H, -1).float().norm(dim=-1)  # (B, k, H)
-            norms.setdefault(layer, []).append(norm)
+            if whole:
+                norms.setdefault(layer, []).append(norm)
         return take
 
-    blocks = decoder_layers(model)
+    blocks, base = decoder_layers(model), model.base_model
     with _forward_hooks({i: blocks[i].self_attn.v_proj for i in layers}, hook):
-        yield norms
+        handles = base.register_forward_pre_hook(begin), base.register_forward_hook(end)
+        try:
+            yield norms
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @contextmanager

@@ -826,8 +826,6 @@ def losses_of(batch, model, splits, cache, cfg, c_u=None, norms=None):
     ids, mask = (torch.cat([getattr(getattr(splits, key), part)[getattr(batch, key)]
                             for key in "frp"]).to(device) for part in ("ids", "mask"))
     n_f = len(batch.f)
-    if cfg.lam:
-        norms.clear()
     h, a = forward_rows(model, ids, n_f, cfg)
     head = hooks.output_head(model)
     if cfg.method == "npo":

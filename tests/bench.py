@@ -129,7 +129,6 @@ def naive(args, released):
     mask = torch.ones_like(f, dtype=torch.bool)
 
     def run(model, ids, logits=True):
-        captured[model].clear()
         with hooks.capture_hidden(model, cfg.layer) as acts:
             out = model(input_ids=ids, use_cache=False).logits if logits else \
                 hooks.final_hidden(model, ids)
@@ -206,7 +205,8 @@ def flops(args, variant):
         own = 9 * full
     else:
         keep = 2 * (full + head + upper + inner)
-        own = keep + inner + (full if variant == "fair" else (cfg.layer + 1) * layer)
+        own = keep + inner + ((cfg.layer + 1) * layer if variant == "ours" else
+                              full + vn * upper)  # l_vn of whole forget rows reaches down to here
     again = cfg.recompute == "yes"
     if variant == "ours":
         own += 2 * head  # theta_o's logits from its cached hidden states

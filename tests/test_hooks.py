@@ -1,7 +1,10 @@
 """Hooks capture what they name, at positions and not rows, and leave nothing behind."""
+from functools import partial
+
 import pytest
 import torch
 from conftest import tiny_model
+from torch.utils.checkpoint import checkpoint
 
 import hooks
 
@@ -11,7 +14,7 @@ def ids_of(B=4, T=16):
 
 
 def hook_count(model):
-    return sum(len(m._forward_hooks) for m in model.modules())
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
@@ -91,6 +94,19 @@ def test_gradients_flow_through_captured_norms():
         hooks.final_hidden(model, ids_of())
     norms[2][0].sum().backward()
     assert hooks.decoder_layers(model)[0].mlp.down_proj.weight.grad.abs().sum() > 0
+
+
+def test_recomputation_in_backward_keeps_nothing_captured():
+    # kept, a recomputed norm would hold its whole layer: 6 GB of a 7B
+    model = tiny_model()
+    for block in hooks.decoder_layers(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    with hooks.capture_norms(model, [0, 1, 2], 4) as norms:
+        h = hooks.final_hidden(model, ids_of())
+        before = {layer: list(kept) for layer, kept in norms.items()}
+        (h.sum() + hooks.stack_norms(norms).sum()).backward()
+    assert {layer: len(kept) for layer, kept in norms.items()} == {0: 1, 1: 1, 2: 1}
+    assert all(norms[layer][0] is before[layer][0] for layer in norms)
 
 
 @pytest.mark.parametrize("spec, expected", [("all", [0, 1, 2]), ("2", [2]), ("0,1-2", [0, 1, 2])])
