@@ -144,7 +144,7 @@ class Config:
     k: int = opt(8, "sink positions of l_vn")
     include_bos: str = opt("yes", "count position 0 among the k: yes or no")
     layers: str = opt("all", "layers of l_vn: all, 7 or 0,5-7")
-    seed: int = opt(0, "poison choice, order, RMU vector, bootstrap")
+    seed: int = opt(0, "poison choice, order, RMU vector")
     data_seed: int = opt(0, "the embedded corpus and its theta_o")
     n_docs: int = opt(80, "characters per embedded book")
     max_steps: int = opt(0, "stop every training stage after N steps; 0: no limit")

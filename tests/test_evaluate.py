@@ -133,6 +133,6 @@ def test_scores_on_disk_are_reused_until_settings_change(setup, tmp_path):
 
 
 def test_bootstrap_interval_of_a_constant_is_the_constant():
-    assert evaluate.bootstrap([0.25] * 10, 0) == [25.0, 25.0]
-    low, high = evaluate.bootstrap([0.0, 1.0] * 50, 0)
+    assert evaluate.bootstrap([0.25] * 10) == [25.0, 25.0]
+    low, high = evaluate.bootstrap([0.0, 1.0] * 50)
     assert 38 < low < 42 and 58 < high < 62  # 50 +- 1.96 * 50 / sqrt(100)
