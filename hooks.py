@@ -13,7 +13,7 @@ import torch
 def decoder_layers(model):
     """The list of decoder layers. Raises ValueError for a model that is not Llama-like."""
     layers = getattr(model.base_model, "layers", None)
-    if layers is None or not hasattr(layers[0].self_attn, "v_proj"):
+    if layers is None or not hasattr(layers[-1].self_attn, "v_proj"):
         raise ValueError(f"{type(model).__name__} has no layers[i].self_attn.v_proj: "
                          "use a Llama-, Mistral- or Qwen-type model")
     return layers
@@ -62,6 +62,34 @@ def hidden_leaving(model, ids, layer, n, keep=0):
         return h[n:] if n < B else h[:, :keep]
     rows, tokens = shapes[-1]
     return h[0, -rows * tokens:].view(rows, tokens, -1)
+
+
+class _Given(torch.nn.Module):
+    """Stands for a decoder layer whose output is known."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_, **__):
+        return self.hidden
+
+
+@contextmanager
+def entering(model, layer, hidden):
+    """Inside, a forward begins at decoder layer `layer` with these hidden states. (B, T, C)
+
+    For layers that nothing below trains: what enters them is a function of the row alone.
+    """
+    blocks = decoder_layers(model)
+    below = list(blocks[:layer])
+    for i in range(layer):
+        blocks[i] = _Given(hidden)
+    try:
+        yield
+    finally:
+        for i, block in enumerate(below):
+            blocks[i] = block
 
 
 @contextmanager
@@ -209,6 +237,11 @@ def sink_attention(model, ids, mask):
     weight = mask.float()[:, 1:]  # (N, T-1)
     weight = weight / weight.sum()
     return torch.stack([(a[:, :, 1:, 0] * weight[:, None]).sum((0, 2)) for a in maps])  # (L, H_q)
+
+
+def first_trained(model, spec):
+    """The lowest decoder layer of what `set_trainable` trains; 0 if everything."""
+    return 0 if spec == "all" else parse_layers(spec.partition(" ")[0], model)[0]
 
 
 def set_trainable(model, spec):

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -629,6 +629,9 @@ class Cache(NamedTuple):
     hidden: dict                     # {"f"|"r"|"p": (N, T, C)} final hidden states of theta_o
     acts: dict                       # {"r"|"p": (N, T, C)} theta_o after layer cfg.layer
     norms: dict                      # {"f": theta_u's, "p", "r": theta_o's} (N, L, k, H)
+    first: int = 0                   # the lowest layer that trains; what is below it is known:
+    entering: dict = {}              # {"f"|"r"|"p": (N, T, C)} what enters layer `first`
+    below: torch.Tensor | None = None  # (N_f, L', k, H) theta_o's norms on D_f in layers below
 
 
 def over_rows(name, fn, rows, cfg, w, folder):
@@ -668,17 +671,34 @@ def mapped(path, shape, dtype):
     return flat.view(shape)
 
 
-def vn_hook(cfg, model):
+def vn_hook(cfg, model, layers=None):
     """What l_vn captures: sinks, per KV head; released: whole vectors, for NPO everywhere."""
     released = cfg.objective == "released"
-    return dict(layers=hooks.parse_layers(cfg.layers, model), include_bos=cfg.include_bos == "yes",
+    layers = hooks.parse_layers(cfg.layers, model) if layers is None else layers
+    return dict(layers=layers, include_bos=cfg.include_bos == "yes",
                 k=None if released and cfg.method == "npo" else cfg.k, per_head=not released)
 
 
-def norms_over(key, model, cfg, splits, w, folder=None):
+def vn_layers(cfg, model):
+    """The layers of l_vn: (those below every trained one, those from there on)."""
+    first = hooks.first_trained(model, cfg.trainable)
+    layers = hooks.parse_layers(cfg.layers, model)
+    if cfg.lam and layers[-1] < first:
+        raise ValueError(f"--layers {cfg.layers}: nothing trains up to layer {layers[-1]}, so l_vn "
+                         f"would be constant; name layers from {first} on")
+    return [i for i in layers if i < first], [i for i in layers if i >= first]
+
+
+def norms_in_training(cfg, model):
+    """Hooks for `losses_of`, to stay through backward, which recomputes layers; none without lam."""
+    return hooks.capture_norms(model, **vn_hook(cfg, model, vn_layers(cfg, model)[1])) \
+        if cfg.lam else nullcontext({})
+
+
+def norms_over(key, model, cfg, splits, w, folder=None, layers=None, name="norms"):
     """The sink norms l_vn aligns to, of a frozen model (theta_u on D_f, else theta_o)."""
-    return over_rows(f"norms on D_{key}", lambda ids: hooks.sink_norms(model, ids, **vn_hook(
-        cfg, model)), getattr(splits, key), cfg, w, folder)
+    return over_rows(f"{name} on D_{key}", lambda ids: hooks.sink_norms(model, ids, **vn_hook(
+        cfg, model, layers)), getattr(splits, key), cfg, w, folder)
 
 
 def build_cache(cfg, splits, norms_u, model, w, folder=None):
@@ -690,8 +710,11 @@ def build_cache(cfg, splits, norms_u, model, w, folder=None):
     def over(key, what, fn):
         return over_rows(f"{what} on D_{key}", fn, getattr(splits, key), cfg, w, folder)
 
-    norms, hidden, acts, logp_f = {}, {}, {}, None
+    norms, hidden, acts, logp_f, below = {}, {}, {}, None, None
+    first, low = hooks.first_trained(model, cfg.trainable), vn_layers(cfg, model)[0]
     if cfg.lam:
+        if low:
+            below = norms_over("f", model, cfg, splits, w, folder, low, "norms below")
         norms["f"] = norms_u
         for key in ("p", "r") if cfg.objective == "released" else ("p",):
             norms[key] = norms_over(key, model, cfg, splits, w, folder)
@@ -706,14 +729,17 @@ def build_cache(cfg, splits, norms_u, model, w, folder=None):
     for key in whole:
         hidden[key] = over(key, "theta_o", lambda ids: hooks.final_hidden(model, ids))
     for key in keep if cfg.method == "rmu" else ():
-        acts[key] = over(key, f"layer {cfg.layer}", lambda ids: acts_of(model, ids, cfg))
-    return Cache(head, logp_f, hidden, acts, norms)
+        acts[key] = over(key, f"layer {cfg.layer}", lambda ids: acts_of(model, ids, cfg.layer))
+    entering = {key: over(key, f"layer {first - 1}", lambda ids: acts_of(model, ids, first - 1))
+                for key in ("f", *keep)} if first else {}
+    return Cache(head, logp_f, hidden, acts, norms, first, entering, below)
 
 
-def acts_of(model, ids, cfg):
-    with hooks.capture_hidden(model, cfg.layer) as acts:
-        hooks.hidden_leaving(model, ids, cfg.layer, len(ids))
-    return acts[cfg.layer]
+def acts_of(model, ids, layer):
+    """Hidden states behind a layer; hardly anything is computed above it."""
+    with hooks.capture_hidden(model, layer) as acts:
+        hooks.hidden_leaving(model, ids, layer, len(ids))
+    return acts[layer]
 
 
 def cache_folder(work, cfg, splits, sources):
@@ -757,11 +783,9 @@ def forget_npo(h, ids, mask, index, head, cache, cfg):
         h[:, :-1], head, losses.row_weights(mask[:, 1:]), ids[:, 1:], logp_o)
 
 
-def retained(name, cache, batch, device):
-    """Cached tensors of the batch's retain and poisoned rows. -> (B_r + B_p, T, C)."""
-    store = getattr(cache, name)
-    return torch.cat([store[key][i] for key, i in (("r", batch.r), ("p", batch.p)) if len(i)]
-                     ).to(device)
+def cached(store, batch, keys, device):
+    """{"f"|"r"|"p": (N, T, C)} -> the tensors of the batch's rows of these kinds, (B, T, C)."""
+    return torch.cat([store[key][i] for key in keys if len(i := getattr(batch, key))]).to(device)
 
 
 def union_weights(mask, n_r, cfg):
@@ -777,9 +801,9 @@ def retain_loss(h, acts, mask, batch, head, cache, cfg):
         reverse = cfg.objective == "released"
         total = total + losses.head_mean(
             lambda logits, h_o: losses.kl_tokens(logits, h_o @ cache.head.T, reverse),
-            h, head, weight, retained("hidden", cache, batch, mask.device))
+            h, head, weight, cached(cache.hidden, batch, "rp", mask.device))
     if cfg.method == "rmu":
-        moved = acts.float() - retained("acts", cache, batch, mask.device).float()
+        moved = acts.float() - cached(cache.acts, batch, "rp", mask.device).float()
         total = total + (moved.pow(2).mean(-1) * weight).sum()
     return total
 
@@ -790,8 +814,11 @@ def align_norms(norms, mask, batch, cache, cfg):
     parts = {"f": slice(0, n_f), "r": slice(n_f, n_f + n_r), "p": slice(n_f + n_r, None)}
     total = 0
     for key, ref in cache.norms.items():
-        ref = ref[getattr(batch, key)].to(norms.device)
-        own = norms[parts[key]]
+        index, own = getattr(batch, key), norms[parts[key]]
+        if cache.below is not None:  # theta's norms below what trains are theta_o's
+            low = cache.below if key == "f" else ref[:, :cache.below.shape[1]]
+            own = torch.cat([low[index].to(own.device), own], 1)
+        ref = ref[index].to(own.device)
         if cfg.objective == "released":
             first = 0 if cfg.include_bos == "yes" else 1
             real = mask[parts[key]][:, first:first + own.shape[2]]
@@ -801,32 +828,33 @@ def align_norms(norms, mask, batch, cache, cfg):
     return total
 
 
-def forward_rows(model, ids, n_f, cfg):
-    """One forward of forget | retain | poisoned rows.
+def forward_rows(model, ids, batch, cache, cfg):
+    """One forward of forget | retain | poisoned rows, from the first layer that trains on.
 
     NPO -> final hidden states of all rows, None. RMU -> those of the retain and poisoned rows, and
-    all rows' activations after cfg.layer: the first n_f rows, without KL all rows, end there, and
+    all rows' activations after cfg.layer: the forget rows, without KL all rows, end there, and
     only their sink tokens go on.
     """
-    if cfg.method == "npo":
-        return hooks.final_hidden(model, ids), None
-    keep = cfg.k + (cfg.include_bos == "no") if cfg.lam else 0
-    with hooks.capture_hidden(model, cfg.layer) as acts:
-        h = hooks.hidden_leaving(model, ids, cfg.layer, n_f if uses_kl(cfg) else len(ids), keep)
+    keep, n_f = cfg.k + (cfg.include_bos == "no") if cfg.lam else 0, len(batch.f)
+    start = cached(cache.entering, batch, "frp", ids.device) if cache.first else None
+    with hooks.entering(model, cache.first, start):
+        if cfg.method == "npo":
+            return hooks.final_hidden(model, ids), None
+        with hooks.capture_hidden(model, cfg.layer) as acts:
+            h = hooks.hidden_leaving(model, ids, cfg.layer, n_f if uses_kl(cfg) else len(ids), keep)
     return h, acts[cfg.layer]
 
 
 def losses_of(batch, model, splits, cache, cfg, c_u=None, norms=None):
     """The terms of (5) on one batch, from one forward over forget | retain | poisoned rows.
 
-    batch: row numbers. norms: the dict of a `hooks.capture_norms` that outlives the backward,
-    needed where lam > 0. -> {"f", "r", "vn"} scalars, without gamma and lam.
+    batch: row numbers. norms: the dict of `norms_in_training`, needed where lam > 0. -> {"f", "r", "vn"} scalars, without gamma and lam.
     """
     device = cache.head.device
     ids, mask = (torch.cat([getattr(getattr(splits, key), part)[getattr(batch, key)]
                             for key in "frp"]).to(device) for part in ("ids", "mask"))
     n_f = len(batch.f)
-    h, a = forward_rows(model, ids, n_f, cfg)
+    h, a = forward_rows(model, ids, batch, cache, cfg)
     head = hooks.output_head(model)
     if cfg.method == "npo":
         f = forget_npo(h[:n_f], ids[:n_f], mask[:n_f], batch.f, head, cache, cfg)
@@ -862,9 +890,7 @@ def unlearn(cfg, splits, model, cache, work, w):
         l = losses_of(batch, model, splits, cache, cfg, c_u, norms)
         return l["f"] + cfg.gamma * l["r"] + cfg.lam * l.get("vn", 0), l
 
-    with ExitStack() as stack:  # the hooks stay through backward, which recomputes layers
-        norms = stack.enter_context(hooks.capture_norms(model, **vn_hook(cfg, model))) \
-            if cfg.lam else None
+    with norms_in_training(cfg, model) as norms:
         seconds = fit(model, params, loss_at, steps, lambda step: cfg.lr, work, cfg, w,
                       settings_key(cfg)[0], cfg.save_every or per_epoch, accumulate)
     return steps, seconds

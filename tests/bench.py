@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import weakref
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -98,7 +98,6 @@ def ours(args):
     c_u = losses.control_vector(model.config.hidden_size, cfg.steer, 0)
     everything = torch.arange(cfg.batch)
     batch = data.Batch(everything, everything, everything)
-    norms = {}
 
     def loss():
         def inside():
@@ -107,9 +106,7 @@ def ours(args):
         value, terms = model.inside(inside)
         return value, terms["r"]
 
-    keep = hooks.capture_norms(model, **train.vn_hook(cfg, model)) if cfg.lam else nullcontext({})
-    with keep as captured:
-        norms = captured
+    with train.norms_in_training(cfg, model) as norms:
         return timed(loss, params, args)
 
 
@@ -199,14 +196,14 @@ def flops(args, variant):
     layer = 2 * (4 * width ** 2 + 3 * width * mlp) + attention
     head, npo, vn = 2 * width * vocab, cfg.method == "npo", cfg.lam > 0
     full = L * layer + head
-    low = hooks_first(cfg)
+    low = 0 if cfg.trainable == "all" else int(cfg.trainable.split("-")[0])
     inner = (cfg.layer - low + 1) * (layer + down)  # backward of the layers that train, RMU
     upper = (L - cfg.layer - 1) * layer
     if npo or variant == "released":
         own = 9 * full
     else:
         keep = 2 * (full + head + upper + inner)
-        own = keep + inner + ((cfg.layer + 1) * layer if variant == "ours" else
+        own = keep + inner + ((cfg.layer + 1 - 3 * low) * layer if variant == "ours" else
                               full + vn * upper)  # l_vn of whole forget rows reaches down to here
     again = cfg.recompute == "yes"
     if variant == "ours":
@@ -218,11 +215,6 @@ def flops(args, variant):
         frozen = 6 * full if variant == "released" else \
             (3 if npo else 2) * full + vn * (full - head)
     return (own + frozen) * cfg.T * cfg.batch, own * cfg.T * cfg.batch, 9 * full * cfg.T * cfg.batch
-
-
-def hooks_first(cfg):
-    """The lowest layer that trains."""
-    return 0 if cfg.trainable == "all" else int(cfg.trainable.split("-")[0])
 
 
 # ---------------------------------------------------------------- memory of 4 ranks, estimated
@@ -283,11 +275,13 @@ def fake_steps(method, precision, recompute, mesh):
     rows = data.Rows(torch.zeros(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.bool))
     kept = {key: torch.zeros(B, T, C, dtype=torch.bfloat16) for key in "rp"}
     norms_o = {key: torch.zeros(B, L, cfg.k, H) for key in "fp"}
-    cache = train.Cache(head, torch.zeros(B, T - 1), kept, kept, norms_o)
+    below, first = train.vn_layers(cfg, model)[0], hooks.first_trained(model, cfg.trainable)
+    cache = train.Cache(head, torch.zeros(B, T - 1), kept, kept, norms_o, first,
+                        {**kept, "f": kept["r"]}, norms_o["f"][:, below] if first else None)
     batch = data.Batch(*[torch.arange(B)] * 3)
     c_u = losses.control_vector(C, cfg.steer, 0)
     splits = data.Splits(rows, rows, rows, [0])
-    with hooks.capture_norms(model, **train.vn_hook(cfg, model)) as norms, \
+    with train.norms_in_training(cfg, model) as norms, \
             Peak([*model.parameters(), head]) as seen:
         def loss():
             def inside():

@@ -41,8 +41,8 @@ def tok(corpus):
 def setting(method, lam, objective="paper", **more):
     """A tiny problem: three different models, padded rows, and a Config for them."""
     flags = dict(method=method, lam=lam, objective=objective, batch=3, T=24, k=4, layer=1,
-                 trainable="all" if method == "npo" else "0-1 mlp.down_proj", rho=0.25, steer=2.0,
-                 gamma=3.0, beta=0.5, **more)
+                 trainable="all" if method == "npo" else "1 mlp.down_proj", rho=0.25, steer=2.0,
+                 gamma=3.0, beta=0.5) | more
     cfg, _ = train.parse_config([s for k, v in flags.items() for s in (f"--{k}", str(v))])
     gen = torch.Generator().manual_seed(0)
     rows = [[0] + torch.randint(2, 300, (n,), generator=gen).tolist() for n in [23, 9, 17, 12] * 3]

@@ -109,6 +109,18 @@ def test_recomputation_in_backward_keeps_nothing_captured():
     assert all(norms[layer][0] is before[layer][0] for layer in norms)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_a_forward_entered_in_the_middle_equals_the_whole_one(kind):
+    model, ids = tiny_model(kind), ids_of()
+    blocks = list(hooks.decoder_layers(model))
+    with hooks.capture_hidden(model, 0) as hidden, torch.no_grad():
+        whole = hooks.final_hidden(model, ids)
+    with pytest.raises(RuntimeError), hooks.entering(model, 1, hidden[0]):
+        assert torch.equal(hooks.final_hidden(model, torch.zeros_like(ids)), whole)
+        raise RuntimeError
+    assert list(hooks.decoder_layers(model)) == blocks
+
+
 @pytest.mark.parametrize("spec, expected", [("all", [0, 1, 2]), ("2", [2]), ("0,1-2", [0, 1, 2])])
 def test_layer_specs(spec, expected):
     assert hooks.parse_layers(spec, tiny_model()) == expected

@@ -111,9 +111,11 @@ def naive_loss(cfg, splits, batch, theta, theta_o, theta_u, c_u):
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5])
-@pytest.mark.parametrize("method", ["npo", "rmu"])
-def test_cached_equals_direct_for_three_steps(method, lam, one):
-    cfg, splits = setting(method, lam)
+@pytest.mark.parametrize("method, trainable", [
+    ("npo", "all"), ("npo", "2 mlp"), ("rmu", "0-1 mlp.down_proj"), ("rmu", "1 mlp.down_proj")])
+def test_cached_equals_direct_for_three_steps(method, trainable, lam, one):
+    # below the first layer that trains nothing is computed: what enters it is cached as well
+    cfg, splits = setting(method, lam, trainable=trainable)
     theta_o, theta_u = tiny_model(seed=0), tiny_model(seed=1)
     theta = copy.deepcopy(theta_o)
     norms_u = train.norms_over("f", theta_u, cfg, splits, one)
@@ -124,7 +126,7 @@ def test_cached_equals_direct_for_three_steps(method, lam, one):
     sizes = tuple(len(s.ids) for s in splits[:3])
     for step in range(3):
         batch = data.batch_at(step, sizes, cfg.batch, cfg.seed)
-        with hooks.capture_norms(theta, **train.vn_hook(cfg, theta)) as norms:
+        with train.norms_in_training(cfg, theta) as norms:
             got = train.losses_of(batch, theta, splits, cache, cfg, c_u, norms)
         loss = got["f"] + cfg.gamma * got["r"] + cfg.lam * got.get("vn", 0)
         with torch.no_grad():
@@ -133,6 +135,12 @@ def test_cached_equals_direct_for_three_steps(method, lam, one):
         loss.backward()
         optim.step()
         optim.zero_grad()
+
+
+def test_alignment_of_layers_that_nothing_trains_is_refused(one):
+    cfg, splits = setting("rmu", 0.5, layers="0", trainable="1 mlp.down_proj")
+    with pytest.raises(ValueError, match="--layers 0: nothing trains up to layer 0"):
+        train.build_cache(cfg, splits, None, tiny_model(), one)
 
 
 @pytest.mark.parametrize("method", ["npo", "rmu"])
@@ -148,13 +156,13 @@ def test_retain_loss_is_zero_at_step_0(method, one):
 @pytest.mark.parametrize("method", ["npo", "rmu"])
 def test_released_objective_against_live_models(method, one):
     """Raw-logit NPO, reversed KL as a sum of two means, whole-vector norms with a D_r term."""
-    cfg, splits = setting(method, 0.5, "released")
+    cfg, splits = setting(method, 0.5, "released", trainable="all")
     theta_o, theta_u, theta = (tiny_model(seed=s) for s in (0, 1, 2))
     cache = train.build_cache(cfg, splits, train.norms_over("f", theta_u, cfg, splits, one),
                               theta_o, one)
     batch = data.batch_at(0, (9, 5, 3), 3, 0)
     c_u = losses.control_vector(32, cfg.steer, 0)
-    with hooks.capture_norms(theta, **train.vn_hook(cfg, theta)) as captured:
+    with train.norms_in_training(cfg, theta) as captured:
         got = train.losses_of(batch, theta, splits, cache, cfg, c_u, captured)
     ids = {k: getattr(splits, k).ids[i] for k, i in zip("frp", batch)}
     mask = {k: getattr(splits, k).mask[i] for k, i in zip("frp", batch)}
