@@ -366,6 +366,22 @@ def batch_at(step, sizes, batch, seed, topics=()):
     return Batch(order[i * batch:(i + 1) * batch] + rows_f.start, r, p + rows_p.start)
 
 
+class Plan(NamedTuple):
+    """What a training stage reads."""
+    splits: Splits  # of D_f, D_r and D_p the rows that some step visits: no other is looked at
+    batches: list   # a Batch for each step: row numbers in these splits
+
+
+def plan(splits, steps, batch, seed):
+    """`batch_at` of every step, over the rows they visit. -> Plan"""
+    sizes = [len(rows.ids) for rows in splits[:3]]
+    batches = [batch_at(step, sizes, batch, seed, splits.topics) for step in range(steps)]
+    used = [torch.cat(rows).unique() for rows in zip(*batches)]
+    f, r, p = (Rows(rows.ids[i], rows.mask[i]) for rows, i in zip(splits, used))
+    return Plan(splits._replace(f=f, r=r, p=p),
+                [Batch(*map(torch.searchsorted, used, rows)) for rows in batches])
+
+
 # ---------------------------------------------------------------- the embedded books
 
 # Two invented worlds that share no name and no sentence. FORGET is a harbour, RETAIN a mountain.

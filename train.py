@@ -153,7 +153,7 @@ class Config:
     precision: str = opt("auto", "fp32, bf16_mixed (fp32 master weights), bf16_pure (as released)"
                                  "; auto: fp32 on a CPU, bf16_mixed on a GPU")
     recompute: str = opt("auto", "activation checkpointing: yes, no; auto: yes on a GPU")
-    save_every: int = opt(0, "steps between checkpoints; 0: every pass over the data; -1: never")
+    save_every: int = opt(0, "steps between checkpoints; 0: as many as epochs; -1: never")
     resume: str = opt("no", "continue from the last checkpoint, reuse what is finished")
     log_every: int = opt(10, "steps between log lines")
     tasks: str = opt("", "what to score, e.g. knowmem,mmlu,tqa; default: the bench's own tasks")
@@ -870,29 +870,32 @@ def losses_of(batch, model, splits, cache, cfg, c_u=None, norms=None):
     return terms
 
 
-def unlearn(cfg, splits, model, cache, work, w):
+def plan_of(cfg, splits):
+    """The rows and batches of a stage. -> data.Plan"""
+    per_epoch = data.steps_per_epoch(len(splits.f.ids), cfg.batch, splits.topics)
+    return data.plan(splits, stage_steps(cfg.epochs * per_epoch, cfg), cfg.batch, cfg.seed)
+
+
+def unlearn(cfg, plan, model, cache, work, w):
     """Train theta from theta_o: theta_u when rho = 0, else theta_b. -> (steps, seconds)."""
     hooks.set_trainable(model, cfg.trainable)
     params = shard(model.train(), cfg, w.mesh)
-    sizes = tuple(len(rows.ids) for rows in splits[:3])
-    per_epoch = data.steps_per_epoch(sizes[0], cfg.batch, splits.topics)
-    steps = stage_steps(cfg.epochs * per_epoch, cfg)
+    steps, every = len(plan.batches), cfg.save_every or max(1, len(plan.batches) // cfg.epochs)
     micro, accumulate = micro_steps(cfg, w.size)
     c_u = losses.control_vector(model.config.hidden_size, cfg.steer, cfg.seed)
 
     def loss_at(step, i):
-        batch = data.batch_at(step, sizes, cfg.batch, cfg.seed, splits.topics)
         start = (i * w.size + w.rank) * micro
-        batch = data.Batch(*(rows[start:start + micro] for rows in batch))
+        batch = data.Batch(*(rows[start:start + micro] for rows in plan.batches[step]))
         return model.inside(lambda: objective(batch))
 
     def objective(batch):
-        l = losses_of(batch, model, splits, cache, cfg, c_u, norms)
+        l = losses_of(batch, model, plan.splits, cache, cfg, c_u, norms)
         return l["f"] + cfg.gamma * l["r"] + cfg.lam * l.get("vn", 0), l
 
     with norms_in_training(cfg, model) as norms:
         seconds = fit(model, params, loss_at, steps, lambda step: cfg.lr, work, cfg, w,
-                      settings_key(cfg)[0], cfg.save_every or per_epoch, accumulate)
+                      settings_key(cfg)[0], every, accumulate)
     return steps, seconds
 
 
@@ -1048,16 +1051,17 @@ def run_stage(cfg, origin, splits, theta_o, theta_u, tok, w, role):
     work = start_run(folder, cfg, w)
     say(f"{role}: {cfg.method} on {len(splits.f.ids)} forget, {len(splits.r.ids)} retain, "
         f"{len(splits.p.ids)} poisoned rows -> {folder}")
-    references = cache_folder(work, cfg, splits, (theta_o, theta_u))
-    norms_u = norms_over("f", load_model(theta_u, cfg), cfg, splits, w, references) \
+    plan = plan_of(cfg, splits)
+    references = cache_folder(work, cfg, plan.splits, (theta_o, theta_u))
+    norms_u = norms_over("f", load_model(theta_u, cfg), cfg, plan.splits, w, references) \
         if cfg.lam else None
     model = load_model(theta_o, cfg)
     sink = hooks.sink_attention(model, splits.f.ids[:SINK_ROWS, :SINK_T].to(w.device),
                                 splits.f.mask[:SINK_ROWS, :SINK_T].to(w.device))  # (L, H)
     say(f"  sinks: theta_o's heads pay position 0 {sink.mean():.2f} of their attention on "
         f"average, the strongest {sink.max():.2f}")
-    cache = build_cache(cfg, splits, norms_u, model, w, references)
-    steps, seconds = unlearn(cfg, splits, model, cache, work, w)
+    cache = build_cache(cfg, plan.splits, norms_u, model, w, references)
+    steps, seconds = unlearn(cfg, plan, model, cache, work, w)
     save_run(folder, model.eval(), tok, record_of(
         cfg, origin, role, steps=steps, seconds=seconds, poisoned_rows=splits.p_index,
         world=w.size, precision=precision_of(cfg), device=w.device,

@@ -136,6 +136,18 @@ def test_D_r_and_D_p_run_through_whole_permutations():
         assert sorted(cycle.tolist()) == [0, 1, 2, 3]
 
 
+def test_a_plan_holds_the_visited_rows_alone_in_the_same_batches():
+    # WMDP's bio corpus has 24,000 rows, of which a stage reads a fraction
+    f, r, p = (Rows(torch.arange(start, start + n)[:, None], torch.ones(n, 1, dtype=torch.bool))
+               for start, n in ((0, 10), (100, 40), (200, 3)))
+    plan = data.plan(data.Splits(f, r, p, [1]), 2, 3, 0)
+    assert [len(rows.ids) for rows in plan.splits[:3]] == [6, 6, 3]
+    for step, batch in enumerate(plan.batches):
+        for whole, few, there, here in zip((f, r, p), plan.splits, batch_at(step, (10, 40, 3), 3, 0),
+                                           batch):
+            assert torch.equal(whole.ids[there], few.ids[here])
+
+
 def test_too_few_rows_for_a_batch_are_refused():
     with pytest.raises(ValueError, match="lower --batch"):
         batch_at(0, (2, 2, 0), 3, 0)

@@ -23,11 +23,12 @@ def run(work, w, method, cfg_more=None, steps=STEPS):
     cfg = replace(cfg, batch=4, epochs=10, max_steps=steps, lr=1e-4, log_every=1,
                   **(cfg_more or {}))
     work.mkdir(parents=True, exist_ok=True)
-    folder = train.cache_folder(work, cfg, splits, ("theta_o", "theta_u"))
+    plan = train.plan_of(cfg, splits)
+    splits, folder = plan.splits, train.cache_folder(work, cfg, plan.splits, ("theta_o", "theta_u"))
     theta = tiny_model(seed=0)
     norms_u = train.norms_over("f", tiny_model(seed=1), cfg, splits, w, folder)
     cache = train.build_cache(cfg, splits, norms_u, theta, w, folder)
-    train.unlearn(cfg, splits, theta, cache, work, w)
+    train.unlearn(cfg, plan, theta, cache, work, w)
     weights = train.gather(theta, torch.float32, w.rank)
     rows = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
     return weights, rows
@@ -94,14 +95,15 @@ class Killed(BaseException):
 
 
 def killed_at(step, monkeypatch):
-    """The process dies while it computes the batch of that step."""
-    real = data.batch_at
+    """The process dies in the forward of that step."""
+    real, done = train.losses_of, []
 
-    def batch_at(now, *args, **more):
-        if now == step:
+    def losses_of(*args):
+        done.append(args)
+        if len(done) > step:
             raise Killed
-        return real(now, *args, **more)
-    monkeypatch.setattr(data, "batch_at", batch_at)
+        return real(*args)
+    monkeypatch.setattr(train, "losses_of", losses_of)
 
 
 @pytest.mark.parametrize("method", ["npo", "rmu"])

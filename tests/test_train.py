@@ -202,8 +202,9 @@ def test_rho0_lam0_is_plain_unlearning(one, tmp_path):
     cfg = replace(cfg, rho=0.0, max_steps=5, epochs=4, lr=1e-3)
     splits = data.Splits(splits.f, splits.r, data.Rows(splits.f.ids[:0], splits.f.mask[:0]), [])
     theta, theta_o = tiny_model(), tiny_model()
-    cache = train.build_cache(cfg, splits, None, theta, one)
-    train.unlearn(cfg, splits, theta, cache, tmp_path, one)
+    plan = train.plan_of(cfg, splits)
+    cache = train.build_cache(cfg, plan.splits, None, theta, one)
+    train.unlearn(cfg, plan, theta, cache, tmp_path, one)
 
     plain = tiny_model()
     optim = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
@@ -227,11 +228,11 @@ def test_rho0_lam0_is_plain_unlearning(one, tmp_path):
 
 def test_not_finite_stops_with_step_and_term(one, tmp_path):
     cfg, splits = setting("npo", 0.0)
-    theta = tiny_model()
-    cache = train.build_cache(cfg, splits, None, theta, one)
-    cache.logp_f[data.batch_at(1, (12, 5, 3), 3, 0).f] = float("nan")
+    theta, plan = tiny_model(), train.plan_of(cfg, splits)
+    cache = train.build_cache(cfg, plan.splits, None, theta, one)
+    cache.logp_f[plan.batches[1].f] = float("nan")
     with pytest.raises(ValueError, match="step 2: f is nan"):
-        train.unlearn(replace(cfg, beta=1.0), splits, theta, cache, tmp_path, one)
+        train.unlearn(replace(cfg, beta=1.0), plan, theta, cache, tmp_path, one)
     assert all(torch.isfinite(p).all() for p in whole(theta))
 
 
