@@ -294,8 +294,8 @@ def table_sinks(records):
         sink = next((run["sink"] for found in b for run in found if run["sink"]), None)
         if not (all(o) and all(b) and sink and "KM" in b[0][0]["scores"]["BE"]):
             continue
-        prefix, infix = ([100 * estimate(theta_b, "BE", c)[0] / estimate(theta_o, "BE", c)[0]
-                          for c in ("KM", "VM")] for theta_o, theta_b in zip(o, b))
+        prefix, infix = ([100 * estimate(theta_b, "BE", c)[0] / max(1e-9, estimate(
+                             theta_o, "BE", c)[0]) for c in ("KM", "VM")] for theta_o, theta_b in zip(o, b))
         rows.append([f"{cfg.bench} {cfg.method}, lam {cfg.lam:g}, rho {cfg.rho:g}",
                      " / ".join(str(len(found)) for found in b),
                      f"{sink['mean']:.2f} / {sink['strongest_head']:.2f}",
@@ -728,7 +728,8 @@ def main(argv=None):
             print(f"\n{name}\n\n{text}")
     drawn = {} if own.source else figures(records, cfg, home)
     numbers = {name: stats for name, stats in drawn.items() if isinstance(stats, dict)}
-    (home / "figures.json").write_text(json.dumps(numbers, indent=1))
+    if not own.source:
+        (home / "figures.json").write_text(json.dumps(numbers, indent=1))
     print()
     for name, what in {**made, **drawn}.items():
         suffix = "" if name.endswith(".png") else ".md"

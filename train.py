@@ -80,7 +80,7 @@ BENCHES = {
                                 trainable="0-2 mlp", **TOY),
     # ours: sized for two CPU cores, not calibrated; on a GPU add --n_docs 80
     ("smol",       "npo"): dict(epochs=3,  lr=5e-5, rho=0.10, lam=3e-4, batch=4,
-                                beta=0.5, gamma=1, **SMOL),
+                                beta=2.0, gamma=2, **SMOL),
     ("smol",       "rmu"): dict(epochs=3,  lr=1e-3, rho=0.10, lam=3e-4, batch=4,
                                 steer=12, scale=5, gamma=5, **PARTS, **SMOL),
 }                                                                                        # fmt: on
