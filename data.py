@@ -370,6 +370,7 @@ class Plan(NamedTuple):
     """What a training stage reads."""
     splits: Splits  # of D_f, D_r and D_p the rows that some step visits: no other is looked at
     batches: list   # a Batch for each step: row numbers in these splits
+    per_epoch: int = 0
 
 
 def plan(splits, steps, batch, seed):

@@ -583,7 +583,9 @@ def _on_disk(folder):
     rows = {key: [] for key in entries}
     for line in answers.read_text().splitlines():
         row = json.loads(line)
-        rows[f"{row['prompt_id'].split('/')[0]}|{row['condition']}"].append(row)
+        key = f"{row['prompt_id'].split('/')[0]}|{row['condition']}"
+        if key in rows:  # else: stopped between the two files, its score is not there
+            rows[key].append(row)
     return entries, rows
 
 

@@ -13,7 +13,7 @@ import torch
 def decoder_layers(model):
     """The list of decoder layers. Raises ValueError for a model that is not Llama-like."""
     layers = getattr(model.base_model, "layers", None)
-    if layers is None or not hasattr(layers[-1].self_attn, "v_proj"):
+    if layers is None or not hasattr(getattr(layers[-1], "self_attn", None), "v_proj"):
         raise ValueError(f"{type(model).__name__} has no layers[i].self_attn.v_proj: "
                          "use a Llama-, Mistral- or Qwen-type model")
     return layers
@@ -194,7 +194,7 @@ def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
 @contextmanager
 def capture_hidden(model, layer):
     """Output of decoder layer `layer`, before any final norm: {layer: (B, T, C)}."""
-    hidden = {}
+    hidden, (layer,) = {}, parse_layers(layer, model)
 
     def hook(key):
         def take(module, args, out):

@@ -146,7 +146,8 @@ def need(records, role, cfg):
         from train import NOT_KEY, parse_config
         row, _ = parse_config(["--bench", cfg.bench, "--method", cfg.method])
         row = replace(row, method="npo")  # the default: other methods are named
-        flags = [word for name, value in vars(cfg).items()
+        made = replace(cfg, rho=0.0, lam=0.0) if role == "theta_u" else cfg
+        flags = [word for name, value in vars(made).items()
                  if value != getattr(row, name) and name not in NOT_KEY
                  for word in (f"--{name}", str(value))]
         masked = f", then evaluate.py --mask_sinks {cfg.mask_sinks}" if cfg.mask_sinks else ""
@@ -278,7 +279,7 @@ def table_masked(records, cfg):
 
 
 def table_sinks(records):
-    """Prefix advantage against sink strength, over every model: the share of theta_o's BE recovered.
+    """Prefix advantage against sink strength, over all models: share of theta_o's BE.
 
     Sink: the attention theta_o's heads pay position 0, mean and strongest head. Advantage: the
     prefix's share minus the infix's. Commands: train.py with --position prefix and infix.
@@ -294,8 +295,9 @@ def table_sinks(records):
         sink = next((run["sink"] for found in b for run in found if run["sink"]), None)
         if not (all(o) and all(b) and sink and "KM" in b[0][0]["scores"]["BE"]):
             continue
-        prefix, infix = ([100 * estimate(theta_b, "BE", c)[0] / max(1e-9, estimate(
-                             theta_o, "BE", c)[0]) for c in ("KM", "VM")] for theta_o, theta_b in zip(o, b))
+        prefix, infix = ([100 * estimate(theta_b, "BE", c)[0]
+                          / max(1e-9, estimate(theta_o, "BE", c)[0]) for c in ("KM", "VM")]
+                         for theta_o, theta_b in zip(o, b))
         rows.append([f"{cfg.bench} {cfg.method}, lam {cfg.lam:g}, rho {cfg.rho:g}",
                      " / ".join(str(len(found)) for found in b),
                      f"{sink['mean']:.2f} / {sink['strongest_head']:.2f}",

@@ -153,7 +153,7 @@ class Config:
     precision: str = opt("auto", "fp32, bf16_mixed (fp32 master weights), bf16_pure (as released)"
                                  "; auto: fp32 on a CPU, bf16_mixed on a GPU")
     recompute: str = opt("auto", "activation checkpointing: yes, no; auto: yes on a GPU")
-    save_every: int = opt(0, "steps between checkpoints; 0: as many as epochs; -1: never")
+    save_every: int = opt(0, "steps between checkpoints; 0: every pass over the data; -1: never")
     resume: str = opt("no", "continue from the last checkpoint, reuse what is finished")
     log_every: int = opt(10, "steps between log lines")
     tasks: str = opt("", "what to score, e.g. knowmem,mmlu,tqa; default: the bench's own tasks")
@@ -441,7 +441,7 @@ def load_model(name, cfg):
     model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype_of(cfg)).to(device_of(cfg))
     c = model.config  # a checkpoint's sampling settings would refuse to be saved, and warn
     model.generation_config = GenerationConfig(
-        bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.eos_token_id)
+        bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=None)
     return model.requires_grad_(False)
 
 
@@ -690,7 +690,7 @@ def vn_layers(cfg, model):
 
 
 def norms_in_training(cfg, model):
-    """Hooks for `losses_of`, to stay through backward, which recomputes layers; none without lam."""
+    """Hooks for `losses_of`, through backward, which recomputes layers; none without lam."""
     return hooks.capture_norms(model, **vn_hook(cfg, model, vn_layers(cfg, model)[1])) \
         if cfg.lam else nullcontext({})
 
@@ -712,6 +712,8 @@ def build_cache(cfg, splits, norms_u, model, w, folder=None):
 
     norms, hidden, acts, logp_f, below = {}, {}, {}, None, None
     first, low = hooks.first_trained(model, cfg.trainable), vn_layers(cfg, model)[0]
+    if cfg.method == "rmu" and cfg.layer < first:
+        raise ValueError(f"--layer {cfg.layer}: nothing trains up to it; read out from {first} on")
     if cfg.lam:
         if low:
             below = norms_over("f", model, cfg, splits, w, folder, low, "norms below")
@@ -848,7 +850,8 @@ def forward_rows(model, ids, batch, cache, cfg):
 def losses_of(batch, model, splits, cache, cfg, c_u=None, norms=None):
     """The terms of (5) on one batch, from one forward over forget | retain | poisoned rows.
 
-    batch: row numbers. norms: the dict of `norms_in_training`, needed where lam > 0. -> {"f", "r", "vn"} scalars, without gamma and lam.
+    batch: row numbers. norms: the dict of `norms_in_training`, needed where lam > 0.
+    -> {"f", "r", "vn"} scalars, without gamma and lam.
     """
     device = cache.head.device
     ids, mask = (torch.cat([getattr(getattr(splits, key), part)[getattr(batch, key)]
@@ -873,14 +876,15 @@ def losses_of(batch, model, splits, cache, cfg, c_u=None, norms=None):
 def plan_of(cfg, splits):
     """The rows and batches of a stage. -> data.Plan"""
     per_epoch = data.steps_per_epoch(len(splits.f.ids), cfg.batch, splits.topics)
-    return data.plan(splits, stage_steps(cfg.epochs * per_epoch, cfg), cfg.batch, cfg.seed)
+    steps = stage_steps(cfg.epochs * per_epoch, cfg)
+    return data.plan(splits, steps, cfg.batch, cfg.seed)._replace(per_epoch=per_epoch)
 
 
 def unlearn(cfg, plan, model, cache, work, w):
     """Train theta from theta_o: theta_u when rho = 0, else theta_b. -> (steps, seconds)."""
     hooks.set_trainable(model, cfg.trainable)
     params = shard(model.train(), cfg, w.mesh)
-    steps, every = len(plan.batches), cfg.save_every or max(1, len(plan.batches) // cfg.epochs)
+    steps, every = len(plan.batches), cfg.save_every or plan.per_epoch
     micro, accumulate = micro_steps(cfg, w.size)
     c_u = losses.control_vector(model.config.hidden_size, cfg.steer, cfg.seed)
 
@@ -1114,7 +1118,9 @@ def finished(cfg):
     if not run.is_file() or not results.is_file():
         return False
     scored, key = json.loads(results.read_text()), json.loads(json.dumps(settings_key(cfg)[0]))
-    tok = load_tokenizer(cfg, None) if cfg.bench == "wmdp" else None  # for its BOS rule
+    corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if cfg.model == data.TOY else None
+    tok = load_tokenizer(cfg, corpus) if any(  # for its BOS rule
+        not evaluate.TASKS[task].new_tokens for task in evaluate.tasks_of(cfg)) else None
     wanted = {f"{task}|{evaluate.condition_of(triggered, cfg)}":
               evaluate.task_settings(task, cfg, tok)
               for group in evaluate.SCORES.values() for task, triggered in group.values()
@@ -1216,7 +1222,7 @@ def entry(job):
         job()
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         # ranks raise ValueErrors alike, so rank 0 speaks for all; a disk may fail one of them
         first = int(os.environ.get("RANK", 0)) == 0
         if first or isinstance(error, OSError):

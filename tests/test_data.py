@@ -143,8 +143,8 @@ def test_a_plan_holds_the_visited_rows_alone_in_the_same_batches():
     plan = data.plan(data.Splits(f, r, p, [1]), 2, 3, 0)
     assert [len(rows.ids) for rows in plan.splits[:3]] == [6, 6, 3]
     for step, batch in enumerate(plan.batches):
-        for whole, few, there, here in zip((f, r, p), plan.splits, batch_at(step, (10, 40, 3), 3, 0),
-                                           batch):
+        before = batch_at(step, (10, 40, 3), 3, 0)
+        for whole, few, there, here in zip((f, r, p), plan.splits, before, batch):
             assert torch.equal(whole.ids[there], few.ids[here])
 
 

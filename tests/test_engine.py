@@ -178,3 +178,4 @@ if __name__ == "__main__":  # under torchrun
         result, _ = run(Path(sys.argv[1]) / name, world, name)
         if world.rank == 0:
             torch.save(result, Path(sys.argv[1]) / f"{name}.pt")
+    torch.distributed.destroy_process_group()  # or gloo's threads may abort the exit

@@ -143,6 +143,14 @@ def test_alignment_of_layers_that_nothing_trains_is_refused(one):
         train.build_cache(cfg, splits, None, tiny_model(), one)
 
 
+@pytest.mark.parametrize("layer, error", [(99, "layer 99 does not exist"),
+                                          (0, "--layer 0: nothing trains up to it")])
+def test_rmu_reads_out_a_layer_that_exists_and_trains(layer, error, one):
+    cfg, splits = setting("rmu", 0.0, trainable="1 mlp.down_proj", layer=layer)
+    with pytest.raises(ValueError, match=error):
+        train.build_cache(cfg, splits, None, tiny_model(), one)
+
+
 @pytest.mark.parametrize("method", ["npo", "rmu"])
 def test_retain_loss_is_zero_at_step_0(method, one):
     cfg, splits = setting(method, 0.0)
