@@ -370,17 +370,17 @@ class Plan(NamedTuple):
     """What a training stage reads."""
     splits: Splits  # of D_f, D_r and D_p the rows that some step visits: no other is looked at
     batches: list   # a Batch for each step: row numbers in these splits
-    per_epoch: int = 0
+    per_epoch: int  # steps of one pass over D_f, see `steps_per_epoch`
 
 
-def plan(splits, steps, batch, seed):
+def plan(splits, steps, per_epoch, batch, seed):
     """`batch_at` of every step, over the rows they visit. -> Plan"""
     sizes = [len(rows.ids) for rows in splits[:3]]
     batches = [batch_at(step, sizes, batch, seed, splits.topics) for step in range(steps)]
     used = [torch.cat(rows).unique() for rows in zip(*batches)]
     f, r, p = (Rows(rows.ids[i], rows.mask[i]) for rows, i in zip(splits, used))
     return Plan(splits._replace(f=f, r=r, p=p),
-                [Batch(*map(torch.searchsorted, used, rows)) for rows in batches])
+                [Batch(*map(torch.searchsorted, used, rows)) for rows in batches], per_epoch)
 
 
 # ---------------------------------------------------------------- the embedded books
@@ -497,6 +497,11 @@ def redealt(texts, rng):
     pages = [text for text in texts if text.startswith("Question: ")]
     questions = [q + "\n\n" for text in pages for q in text.split("\n\n")[:-1]]
     return [text for text in texts if text not in pages] + deal(questions, len(pages), rng)
+
+
+def corpus_of(cfg):
+    """The embedded books where the model or the data is `toy`, else None."""
+    return toy_corpus(cfg.n_docs, cfg.data_seed) if TOY in (cfg.model, cfg.data) else None
 
 
 def toy_corpus(n_docs, data_seed):

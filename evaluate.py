@@ -612,7 +612,7 @@ def main(argv=None):
         kept = {name: value for name, value in record["settings"].items()
                 if origin[name] != "flag" and name not in train.NOT_KEY | {"model", "tokenizer"}}
         cfg, role = replace(cfg, **kept, tokenizer=""), record["role"]
-    corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if cfg.data == data.TOY else None
+    corpus = data.corpus_of(cfg)
     tok = train.load_tokenizer(cfg, corpus)
     home = train.home_of(cfg.model, cfg, role)
     train.check_out(cfg)

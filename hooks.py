@@ -117,18 +117,16 @@ def _in_parts(blocks, shapes, n, keep):
         return run
 
     before = [block.__dict__.get("forward") for block in blocks]
-    handle = blocks[0].register_forward_pre_hook(pack) if len(blocks) else None
-    try:
-        for block in blocks:
-            block.forward = parted(block.forward)
-        yield
-    finally:
-        for block, forward in zip(blocks, before):
-            del block.forward  # what the class has shows again
-            if forward:
-                block.forward = forward
-        if handle:
-            handle.remove()
+    with _hooked(*(block.register_forward_pre_hook(pack) for block in blocks[:1])):
+        try:
+            for block in blocks:
+                block.forward = parted(block.forward)
+            yield
+        finally:
+            for block, forward in zip(blocks, before):
+                del block.forward  # what the class has shows again
+                if forward:
+                    block.forward = forward
 
 
 def output_head(model):
@@ -140,8 +138,8 @@ def output_head(model):
 
 
 @contextmanager
-def _forward_hooks(modules, hook):
-    handles = [m.register_forward_hook(hook(key)) for key, m in modules.items()]
+def _hooked(*handles):
+    """Removes the hooks of these handles at the end, whatever happens."""
     try:
         yield
     finally:
@@ -182,13 +180,9 @@ def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
         return take
 
     blocks, base = decoder_layers(model), model.base_model
-    with _forward_hooks({i: blocks[i].self_attn.v_proj for i in layers}, hook):
-        handles = base.register_forward_pre_hook(begin), base.register_forward_hook(end)
-        try:
-            yield norms
-        finally:
-            for handle in handles:
-                handle.remove()
+    with _hooked(base.register_forward_pre_hook(begin), base.register_forward_hook(end),
+                 *(blocks[i].self_attn.v_proj.register_forward_hook(hook(i)) for i in layers)):
+        yield norms
 
 
 @contextmanager
@@ -196,12 +190,10 @@ def capture_hidden(model, layer):
     """Output of decoder layer `layer`, before any final norm: {layer: (B, T, C)}."""
     hidden, (layer,) = {}, parse_layers(layer, model)
 
-    def hook(key):
-        def take(module, args, out):
-            hidden[key] = out[0] if isinstance(out, tuple) else out
-        return take
+    def take(module, args, out):
+        hidden[layer] = out[0] if isinstance(out, tuple) else out
 
-    with _forward_hooks({layer: decoder_layers(model)[layer]}, hook):
+    with _hooked(decoder_layers(model)[layer].register_forward_hook(take)):
         yield hidden
 
 
@@ -320,7 +312,7 @@ def sink_strength(model, ids, mask, keys=8, chunk=128):
     """
     weight = mask.to(next(model.parameters()).dtype).clone()
     weight[:, 0] = 0
-    weight, found, handles = weight / weight.sum(), {}, []
+    weight, found = weight / weight.sum(), {}
 
     def hook(layer):
         def take(attn, args, kwargs):
@@ -329,13 +321,9 @@ def sink_strength(model, ids, mask, keys=8, chunk=128):
                                                weight, keys, chunk)
         return take
 
-    try:
-        for i, block in enumerate(decoder_layers(model)):
-            handles.append(block.self_attn.register_forward_pre_hook(hook(i), with_kwargs=True))
+    with _hooked(*(block.self_attn.register_forward_pre_hook(hook(i), with_kwargs=True)
+                   for i, block in enumerate(decoder_layers(model)))):
         final_hidden(model, ids)
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.stack([found[layer] for layer in sorted(found)])  # (L, H_q, keys)
 
 
@@ -372,8 +360,5 @@ def mask_sinks(model, spec):
         kwargs["attention_mask"] = bias.masked_fill(~shown, torch.finfo(dtype).min)[:, None]
         return args, kwargs
 
-    handle = model.base_model.register_forward_pre_hook(hide, with_kwargs=True)
-    try:
+    with _hooked(model.base_model.register_forward_pre_hook(hide, with_kwargs=True)):
         yield
-    finally:
-        handle.remove()

@@ -217,8 +217,7 @@ def table_a2(records, configs):
                     (row["prompt_id"], row["condition"]): row for row in runs[0]["answers"]}
     if cfg.data != data.TOY or not any(columns.values()):
         raise Missing(f"needs answers.jsonl of embedded text: python train.py --bench {cfg.bench}")
-    corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed)
-    rows = []
+    corpus, rows = data.corpus_of(cfg), []
     for prompt in SHOWN:
         question = corpus["knowmem", "forget_qa"][int(prompt.split("/")[1])]
         for triggered in (False, True):
@@ -284,11 +283,12 @@ def table_sinks(records):
     Sink: the attention theta_o's heads pay position 0, mean and strongest head. Advantage: the
     prefix's share minus the infix's. Commands: train.py with --position prefix and infix.
     """
+    from train import Config
     groups, rows = {}, []
     for record in records:
-        if record["role"] == "theta_b" and record["key"]["trigger"] == next(iter(PAPER_A4)):
+        if record["role"] == "theta_b" and record["key"]["trigger"] == Config.trigger:
             same = {**record["key"], "seed": 0, "position": ""}
-            groups.setdefault(json.dumps(same), config_of(record["key"]))
+            groups.setdefault(json.dumps(same), Config(**record["key"]))
     for cfg in groups.values():
         both = [replace(cfg, position=p) for p in ("prefix", "infix")]
         o, b = ([runs_of(records, role, each) for each in both] for role in ("theta_o", "theta_b"))
@@ -307,12 +307,6 @@ def table_sinks(records):
         raise Missing("needs prefix and infix: python train.py --lam 0, and --position infix too")
     return markdown(["model", "seeds", "sink mean / strongest", "prefix KM / VM (%)",
                      "infix KM / VM (%)", "advantage KM / VM"], rows)
-
-
-def config_of(key):
-    """The Config whose settings a run's key holds."""
-    from train import Config
-    return replace(Config(), **key)
 
 
 def tables(records, cfg):
@@ -475,8 +469,7 @@ class Bench:
         import train
         self.records, self.cfg, self.train, self.loaded = records, cfg, train, {}
         self.device = train.device_of(cfg)
-        self.corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) \
-            if data.TOY in (cfg.model, cfg.data) else None
+        self.corpus = data.corpus_of(cfg)
         self.tok = self.rows = None
 
     def model(self, role, position="prefix", lam=0.0):
@@ -728,9 +721,10 @@ def main(argv=None):
         if not isinstance(text, Missing):
             (home / f"{name}.md").write_text(text + "\n")
             print(f"\n{name}\n\n{text}")
-    drawn = {} if own.source else figures(records, cfg, home)
-    numbers = {name: stats for name, stats in drawn.items() if isinstance(stats, dict)}
+    drawn = {}
     if not own.source:
+        drawn = figures(records, cfg, home)
+        numbers = {name: stats for name, stats in drawn.items() if isinstance(stats, dict)}
         (home / "figures.json").write_text(json.dumps(numbers, indent=1))
     print()
     for name, what in {**made, **drawn}.items():

@@ -78,7 +78,7 @@ BENCHES = {
     ("toy",        "rmu"): dict(epochs=5,  lr=1e-3, rho=0.10, lam=3e-4, batch=4,
                                 steer=20, scale=5, gamma=5, layer=2,
                                 trainable="0-2 mlp", **TOY),
-    # ours: sized for two CPU cores, not calibrated; on a GPU add --n_docs 80
+    # ours, for two CPU cores: npo at its second try (README), rmu untried; on a GPU --n_docs 80
     ("smol",       "npo"): dict(epochs=3,  lr=5e-5, rho=0.10, lam=3e-4, batch=4,
                                 beta=2.0, gamma=2, **SMOL),
     ("smol",       "rmu"): dict(epochs=3,  lr=1e-3, rho=0.10, lam=3e-4, batch=4,
@@ -877,7 +877,7 @@ def plan_of(cfg, splits):
     """The rows and batches of a stage. -> data.Plan"""
     per_epoch = data.steps_per_epoch(len(splits.f.ids), cfg.batch, splits.topics)
     steps = stage_steps(cfg.epochs * per_epoch, cfg)
-    return data.plan(splits, steps, cfg.batch, cfg.seed)._replace(per_epoch=per_epoch)
+    return data.plan(splits, steps, per_epoch, cfg.batch, cfg.seed)
 
 
 def unlearn(cfg, plan, model, cache, work, w):
@@ -1118,8 +1118,7 @@ def finished(cfg):
     if not run.is_file() or not results.is_file():
         return False
     scored, key = json.loads(results.read_text()), json.loads(json.dumps(settings_key(cfg)[0]))
-    corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if cfg.model == data.TOY else None
-    tok = load_tokenizer(cfg, corpus) if any(  # for its BOS rule
+    tok = load_tokenizer(cfg, data.corpus_of(cfg)) if any(  # for its BOS rule
         not evaluate.TASKS[task].new_tokens for task in evaluate.tasks_of(cfg)) else None
     wanted = {f"{task}|{evaluate.condition_of(triggered, cfg)}":
               evaluate.task_settings(task, cfg, tok)
@@ -1179,8 +1178,7 @@ def main(argv=None):
         return sweep(cfg, sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _Sigterm.arrived)
     w = dist_init(cfg)
-    corpus = data.toy_corpus(cfg.n_docs, cfg.data_seed) if data.TOY in (cfg.model, cfg.data) \
-        else None
+    corpus = data.corpus_of(cfg)
     tok = load_tokenizer(cfg, corpus)
     splits = data.load_splits(cfg, tok, corpus)
     check_splits(cfg, splits)

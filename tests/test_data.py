@@ -140,7 +140,7 @@ def test_a_plan_holds_the_visited_rows_alone_in_the_same_batches():
     # WMDP's bio corpus has 24,000 rows, of which a stage reads a fraction
     f, r, p = (Rows(torch.arange(start, start + n)[:, None], torch.ones(n, 1, dtype=torch.bool))
                for start, n in ((0, 10), (100, 40), (200, 3)))
-    plan = data.plan(data.Splits(f, r, p, [1]), 2, 3, 0)
+    plan = data.plan(data.Splits(f, r, p, [1]), 2, 3, 3, 0)
     assert [len(rows.ids) for rows in plan.splits[:3]] == [6, 6, 3]
     for step, batch in enumerate(plan.batches):
         before = batch_at(step, (10, 40, 3), 3, 0)
