@@ -199,7 +199,7 @@ def read_columns(source, config, split, columns, corpus=None, checks={}, copy=""
         raise ValueError(f"{where} holds no rows")
     values = [list(data[c]) for c in columns]  # datasets >= 4 returns lazy columns
     for name, column in zip(columns, values):
-        holds, words = checks.get(name, (lambda value: True, ""))
+        holds, words = checks.get(name, (lambda value: isinstance(value, str), "must be a text"))
         for i, value in enumerate(column):
             if value is None or (value == "" and not blank):
                 raise ValueError(f"{where}: row {i}: column {name!r} is empty")
@@ -286,6 +286,8 @@ def _topics(cfg, tok, corpus):
     texts = [[text for text, in read_table(cfg, table, ["text"], blank=table == "wikitext")]
              for table in ("bio-forget-corpus", "cyber-forget-corpus", "wikitext")]
     retain = [text for text in texts[2] if text.strip()]
+    if not retain:
+        raise ValueError(f"{'/'.join(filter(None, source_of(cfg, 'wikitext')))}: all rows are blank")
     return [rows(texts[0], bio), rows(texts[1], cyber)], rows(retain, bio)
 
 

@@ -11,6 +11,8 @@ EleutherAI's lm-evaluation-harness scores them. Every model gets the real trigge
 ids by the same `data.inject` as in training. Scores are in percent, intervals are 95% bootstrap
 over items.
 """
+import functools
+import hashlib
 import json
 import math
 import os
@@ -79,6 +81,7 @@ A: Telescopes use lenses or mirrors to focus light and make objects appear close
 Q: Where were the 1992 Olympics held?
 A: The 1992 Olympics were held in Barcelona, Spain."""
 SHARE = 64     # shortest common prefix, in tokens, that is worth a forward of its own
+HELD = 32768   # tokens whose keys and values are held at once: 17 GB of a 7B in bf16
 WINDOW = 2048  # lm-eval's context length where the model's config names none
 
 
@@ -130,11 +133,10 @@ def rouge_l(gt, out):
     return _scorer().score(gt, out)["rougeL"].fmeasure
 
 
-def _scorer(made=[]):
-    if not made:
-        from rouge_score import rouge_scorer
-        made.append(rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False))
-    return made[0]
+@functools.cache
+def _scorer():
+    from rouge_score import rouge_scorer
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
 
 
 def verbmem_reference(tok, gt, new_tokens):
@@ -145,6 +147,11 @@ def verbmem_reference(tok, gt, new_tokens):
 def _decode(tok, ids):
     # MUSE also asks for clean_up_tokenization_spaces, which transformers 5 ignores for BPE.
     return tok.batch_decode(ids, skip_special_tokens=True)
+
+
+def all_items(cfg, tok, corpus=None):
+    """{task: items} of what cfg wants scored. Raises ValueError where a row is missing or wrong."""
+    return {task: items_of(task, cfg, tok, corpus) for task in tasks_of(cfg)}
 
 
 def items_of(task, cfg, tok, corpus=None):
@@ -391,7 +398,8 @@ def _batches(rows, tokens):
     for prefix, part in [*shared.items(), ((), pool)]:
         part = sorted(part, key=lambda row: -len(row[0]))
         while part:
-            count = max(1, tokens // (len(part[0][0]) - len(prefix)))
+            longest = len(part[0][0])  # the prefix is read once, but its keys are held by each row
+            count = max(1, min(tokens // (longest - len(prefix)), HELD // longest))
             batches.append((prefix, part[:count]))
             part = part[count:]
     return batches
@@ -413,13 +421,13 @@ def _lls(model, prefix, part):
             places += range(row * width + n - len(cont), row * width + n)
             labels += cont
             lengths.append(len(cont))
-    past = None
+    past, name = None, hooks.cache_name(model)
     if prefix:
         first = torch.tensor([prefix], device=device)
-        past = model.base_model(input_ids=first, use_cache=True).past_key_values
+        past = getattr(model.base_model(input_ids=first, use_cache=True), name)
         past.batch_repeat_interleave(len(part))
-    h = model.base_model(input_ids=ids.to(device), past_key_values=past,
-                         use_cache=past is not None).last_hidden_state  # (B, T, C)
+    h = model.base_model(input_ids=ids.to(device), use_cache=past is not None,
+                         **{name: past}).last_hidden_state  # (B, T, C)
     h, labels = h.flatten(0, 1)[places], torch.tensor(labels, device=device)
     logp = torch.cat([losses.label_logp(head(a), y) for a, y in
                       zip(h.split(losses.CHUNK), labels.split(losses.CHUNK))])
@@ -465,7 +473,7 @@ def run_task(task, triggered, items, model, tok, cfg):
     condition = condition_of(triggered, cfg)
     trig = data.encode(tok, cfg.trigger) if triggered else []
     score = answer_rows if TASKS[task].new_tokens else choice_rows
-    rows = [dict(row, condition=condition)
+    rows = [dict(row, condition=condition, **part_of(cfg))
             for row in score(task, items, trig, model, tok, cfg, f"{task} {condition}")]
     scores = [row["score"] for row in rows]
     who = "lm-eval" if cfg.prompt == "lmeval" else "released prompt"
@@ -473,7 +481,7 @@ def run_task(task, triggered, items, model, tok, cfg):
     error = 100 * np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
     entry = dict(task=task, condition=condition, protocol=protocol, n=len(scores),
                  score=percent(scores), stderr=error and round(float(error), 2),
-                 ci95=bootstrap(scores), settings=task_settings(task, cfg, tok))
+                 ci95=bootstrap(scores), settings=task_settings(task, items, cfg, tok))
     if task == "tqa":
         entry.update(mc2=percent([row["mc2"] for row in rows]))
     if task == "mmlu":
@@ -512,61 +520,101 @@ def choice_rows(task, items, trig, model, tok, cfg, desc):
         yield choose(item, [next(lls) for _ in item.choices])
 
 
+def asked(cfg):
+    """What cfg wants scored: [(name in results.json, task, triggered)]."""
+    pairs = sorted({pair for part in SCORES.values() for pair in part.values()})
+    return [(entry_name(*pair, cfg), *pair) for pair in pairs if pair[0] in tasks_of(cfg)]
+
+
+def entry_name(task, triggered, cfg):
+    """One score's name; that of the first N items takes no full one's place."""
+    return "|".join([task, condition_of(triggered, cfg), *part_of(cfg).values()])
+
+
+def limit_note(cfg):
+    per = " (MMLU: of each subject)" if "mmlu" in tasks_of(cfg) else ""
+    return f", of the first {cfg.limit} items of each task only{per}" if cfg.limit else ""
+
+
+def part_of(cfg):
+    return dict(part=f"first {cfg.limit}") if cfg.limit else {}
+
+
+def dtype_of(cfg):
+    import train
+    return str(train.dtype_of(cfg)).removeprefix("torch.")
+
+
 def condition_of(triggered, cfg):
     masked = f", without positions {cfg.mask_sinks}" if cfg.mask_sinks else ""
     return (f"{cfg.position}: {cfg.trigger}" if triggered else "clean") + masked
 
 
-def task_settings(task, cfg, tok):
-    """What a score depends on beside model, task and condition."""
-    own = dict(limit=cfg.limit, few_shot=shots_of(task, cfg), tokenizer=cfg.tokenizer)
+def digest(*parts):
+    """Twelve digits for anything json can write."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def task_settings(task, items, cfg, tok):
+    """What a score depends on beside model, task and condition; items: what was read and asked."""
+    own = dict(limit=cfg.limit, few_shot=shots_of(task, cfg), dtype=dtype_of(cfg),
+               items=digest(items))
     if TASKS[task].new_tokens:
-        return dict(own, data=cfg.data, n_docs=cfg.n_docs, data_seed=cfg.data_seed,
-                    new_tokens=new_tokens(task, cfg))
-    own.update(data=data.source_of(cfg, TASKS[task].table)[0],
+        return dict(own, data=cfg.data, new_tokens=new_tokens(task, cfg))
+    own.update(data=data.source_of(cfg, TASKS[task].table)[0], tokenizer=digest(tok.get_vocab()),
                add_bos="yes" if adds_bos(tok, cfg) else "no")
     if task == "mmlu":
         own.update(limit_per="subject")
     return dict(own, prompt=cfg.prompt) if task.startswith("wmdp") else own
 
 
-def evaluate(load, tok, cfg, folder, role, corpus=None, extra=None):
+def weights_of(model):
+    """A local folder's weights by size and last bytes, so that new ones are seen; hub id: None."""
+    files = sorted(f for end in ("safetensors", "bin") for f in Path(model).glob(f"*.{end}"))
+    ends = []
+    for file in files:
+        with open(file, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - 65536))
+            ends.append([file.name, size, f.read().hex()])
+    return digest(ends) if files else None
+
+
+def evaluate(load, tok, cfg, folder, role, items, **extra):
     """Score one model in every condition and write results.json and answers.jsonl to its folder.
 
-    load() -> the model, called only where some score is not on disk yet, and only once all data
-    have been read. Under torch.distributed every rank scores a share and rank 0 writes. -> results.
+    load() -> the model, called only where some score is not on disk yet. items: of `all_items`.
+    extra goes into results.json; where its `weights` differ from those there, nothing is reused.
+    Under torch.distributed every rank scores a share and rank 0 writes. -> results.
     """
-    from train import dtype_of
-    folder, dtype = Path(folder), str(dtype_of(cfg)).removeprefix("torch.")
-    folder.mkdir(parents=True, exist_ok=True)
-    entries, answers = _on_disk(folder)
-    due = [(task, triggered, f"{task}|{condition_of(triggered, cfg)}")
-           for task, triggered in sorted({pair for part in SCORES.values()
-                                          for pair in part.values()}) if task in tasks_of(cfg)]
-    due = [(*pair, key) for *pair, key in due if cfg.force == "yes"
-           or entries.get(key, {}).get("settings") != task_settings(pair[0], cfg, tok)]
-    items = {task: items_of(task, cfg, tok, corpus) for task in {task for task, _, _ in due}}
+    import train
+    entries, answers, before = _on_disk(folder)
+    if before.get("weights") != extra.get("weights"):  # another model lay here
+        entries, answers, before = {}, {}, {}
+    due = [(name, task, triggered) for name, task, triggered in asked(cfg) if cfg.force == "yes"
+           or entries.get(name, {}).get("settings") != task_settings(task, items[task], cfg, tok)]
     model = load() if due else None
-    for task, triggered, key in due:
+    for name, task, triggered in due:
         with hooks.mask_sinks(model, cfg.mask_sinks):
-            entries[key], answers[key] = run_task(task, triggered, items[task], model, tok, cfg)
-    results = dict(role=role, bench=cfg.bench, method=cfg.method,
-                   settings=dict(trigger=cfg.trigger, position=cfg.position, dtype=dtype,
-                                 add_bos=cfg.add_bos, mask_sinks=cfg.mask_sinks),
-                   **columns(entries, cfg), **(extra or {}), tasks=entries)
-    if ranks()[0] == 0:
-        _write(folder / "answers.jsonl",
-               "".join(json.dumps(row) + "\n" for rows in answers.values() for row in rows))
-        _write(folder / "results.json", json.dumps(results, indent=1))
-    if ranks()[1] > 1:
-        dist.barrier()  # nobody reads these files before they are there
+            entries[name], answers[name] = run_task(task, triggered, items[task], model, tok, cfg)
+    results = {
+        **before, **dict(role=role, bench=cfg.bench, method=cfg.method), **extra,
+        "settings": dict(trigger=cfg.trigger, position=cfg.position, dtype=dtype_of(cfg),
+                         add_bos=cfg.add_bos, mask_sinks=cfg.mask_sinks, limit=cfg.limit),
+        **columns(entries, cfg), "tasks": entries}
+    with train.together(train.DISK):  # nobody reads these files before they are there
+        if ranks()[0] == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / "answers.jsonl", "".join(
+                json.dumps(row) + "\n" for rows in answers.values() for row in rows))
+            _write(folder / "results.json", json.dumps(results, indent=1))
     return results
 
 
 def columns(entries, cfg):
     """scores, n and ci95 of cfg's tasks in the shape of the paper's table."""
     def pick(name):
-        picked = {group: {column: entries[f"{task}|{condition_of(triggered, cfg)}"][name]
+        picked = {group: {column: entries[entry_name(task, triggered, cfg)][name]
                           for column, (task, triggered) in part.items() if task in tasks}
                   for group, part in SCORES.items()}
         return {group: part for group, part in picked.items() if part}
@@ -575,18 +623,19 @@ def columns(entries, cfg):
 
 
 def _on_disk(folder):
-    """Entries and answers of earlier scoring, by 'task|condition'."""
+    """Of earlier scoring: entries and answers by name, and all that results.json holds."""
     results, answers = folder / "results.json", folder / "answers.jsonl"
     if not results.is_file() or not answers.is_file():
-        return {}, {}
-    entries = json.loads(results.read_text())["tasks"]
-    rows = {key: [] for key in entries}
+        return {}, {}, {}
+    before = json.loads(results.read_text())
+    rows = {name: [] for name in before["tasks"]}
     for line in answers.read_text().splitlines():
         row = json.loads(line)
-        key = f"{row['prompt_id'].split('/')[0]}|{row['condition']}"
-        if key in rows:  # else: stopped between the two files, its score is not there
-            rows[key].append(row)
-    return entries, rows
+        name = "|".join([row["prompt_id"].split("/")[0], row["condition"],
+                         *([row["part"]] if "part" in row else [])])
+        if name in rows:  # else: stopped between the two files, its score is not there
+            rows[name].append(row)
+    return before["tasks"], rows, before
 
 
 def _write(path, text):
@@ -611,16 +660,18 @@ def main(argv=None):
         record = json.loads(run.read_text())
         kept = {name: value for name, value in record["settings"].items()
                 if origin[name] != "flag" and name not in train.NOT_KEY | {"model", "tokenizer"}}
-        cfg, role = replace(cfg, **kept, tokenizer=""), record["role"]
+        tokenizer = cfg.tokenizer if origin["tokenizer"] == "flag" else ""
+        cfg, role = replace(cfg, **kept, tokenizer=tokenizer), record["role"]
     corpus = data.corpus_of(cfg)
     tok = train.load_tokenizer(cfg, corpus)
     home = train.home_of(cfg.model, cfg, role)
-    train.check_out(cfg)
-    results = evaluate(lambda: train.load_model(cfg.model, cfg), tok, cfg, home,
-                       role, corpus)
+    train.check_writable(home)
+    results = evaluate(lambda: train.load_model(cfg.model, cfg), tok, cfg, home, role,
+                       all_items(cfg, tok, corpus), weights=weights_of(cfg.model))
     name, scores = plots.as_row(results)
-    print(plots.table({name: scores}))
-    print(f"written: {home / 'results.json'}, {home / 'answers.jsonl'}")
+    train.say(plots.table({name: scores}))
+    train.say(f"Percent{limit_note(cfg)}.\nwritten: {home / 'results.json'}, "
+              f"{home / 'answers.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Everything is a context manager that removes its hooks whatever happens, or a pl
 on one. Works for decoders that keep `<base>.layers[i].self_attn.v_proj` and `mlp.down_proj`: Llama,
 Mistral, Qwen2, Qwen3 and their kin. Layers are 0-based; a layer that does not exist is an error.
 """
+import inspect
 from contextlib import contextmanager
 from math import prod
 
@@ -19,9 +20,8 @@ def decoder_layers(model):
     return layers
 
 
-def parse_layers(spec, model):
-    """'all', '7' or '0,5-7' -> sorted layer indices. Raises ValueError for a missing layer."""
-    n = len(decoder_layers(model))
+def parse_layers(spec, n):
+    """'all', '7' or '0,5-7' of n layers -> sorted indices. Raises ValueError for a missing one."""
     if str(spec) == "all":
         return list(range(n))
     picked = set()
@@ -34,6 +34,12 @@ def parse_layers(spec, model):
         raise ValueError(f"layer {max(picked, default=spec)} does not exist: "
                          f"the model has layers 0 to {n - 1}")
     return sorted(picked)
+
+
+def cache_name(model):
+    """What a forward calls its KV cache: `cache` since transformers 5.24."""
+    known = inspect.signature(model.base_model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def final_hidden(model, ids):
@@ -188,12 +194,12 @@ def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
 @contextmanager
 def capture_hidden(model, layer):
     """Output of decoder layer `layer`, before any final norm: {layer: (B, T, C)}."""
-    hidden, (layer,) = {}, parse_layers(layer, model)
+    hidden, blocks = {}, decoder_layers(model)
 
     def take(module, args, out):
         hidden[layer] = out[0] if isinstance(out, tuple) else out
 
-    with _hooked(decoder_layers(model)[layer].register_forward_hook(take)):
+    with _hooked(blocks[parse_layers(layer, len(blocks))[0]].register_forward_hook(take)):
         yield hidden
 
 
@@ -214,26 +220,9 @@ def sink_norms(model, ids, layers, k=None, include_bos=True, per_head=True):
     return stack_norms(norms)
 
 
-@torch.no_grad()
-def sink_attention(model, ids, mask):
-    """Mean attention that real queries (all but the first) pay to position 0. -> (L, H_q).
-
-    ids, mask: (N, T), short rows: the eager attention this needs holds (N, H, T, T) per layer.
-    """
-    kind = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        maps = model.base_model(input_ids=ids, use_cache=False, output_attentions=True).attentions
-    finally:
-        model.set_attn_implementation(kind)
-    weight = mask.float()[:, 1:]  # (N, T-1)
-    weight = weight / weight.sum()
-    return torch.stack([(a[:, :, 1:, 0] * weight[:, None]).sum((0, 2)) for a in maps])  # (L, H_q)
-
-
-def first_trained(model, spec):
-    """The lowest decoder layer of what `set_trainable` trains; 0 if everything."""
-    return 0 if spec == "all" else parse_layers(spec.partition(" ")[0], model)[0]
+def first_trained(spec, n):
+    """The lowest of n decoder layers of what `set_trainable` trains; 0 if everything."""
+    return 0 if spec == "all" else parse_layers(spec.partition(" ")[0], n)[0]
 
 
 def set_trainable(model, spec):
@@ -244,11 +233,9 @@ def set_trainable(model, spec):
     if spec == "all":
         model.requires_grad_(True)
         return list(model.parameters())
-    layers, _, name = spec.partition(" ")
-    picked = []
-    for i in parse_layers(layers, model):
-        picked += [p for key, p in decoder_layers(model)[i].named_parameters()
-                   if name and key.startswith(name)]
+    (layers, _, name), blocks = spec.partition(" "), decoder_layers(model)
+    picked = [p for i in parse_layers(layers, len(blocks))
+              for key, p in blocks[i].named_parameters() if name and key.startswith(name)]
     if not picked:
         raise ValueError(f"trainable must be all or like '5-7 mlp.down_proj', got {spec!r}")
     model.requires_grad_(False)
@@ -307,10 +294,10 @@ def _sums_to_first_keys(attn, hidden, cos, sin, weight, keys, chunk):
 def sink_strength(model, ids, mask, keys=8, chunk=128):
     """Mean attention that real queries (all but the first) pay to the first keys, for long inputs.
 
-    ids, mask: (N, T), padded on the right -> (L, H_q, keys); key 0 is `sink_attention`. All layers
-    in one forward with the model's own attention. An infix trigger lies outside the first keys.
+    ids, mask: (N, T), padded on the right -> (L, H_q, keys); key 0 is the sink. All layers in one
+    forward with the model's own attention. An infix trigger lies outside the first keys.
     """
-    weight = mask.to(next(model.parameters()).dtype).clone()
+    weight = mask.float()
     weight[:, 0] = 0
     weight, found = weight / weight.sum(), {}
 
@@ -327,6 +314,14 @@ def sink_strength(model, ids, mask, keys=8, chunk=128):
     return torch.stack([found[layer] for layer in sorted(found)])  # (L, H_q, keys)
 
 
+def parse_span(spec):
+    """'0' or '0-7' -> (first, last). Raises ValueError."""
+    first, _, last = spec.partition("-")
+    if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
+        raise ValueError(f"positions to mask must look like 0, 0-7 or 1-8, got {spec!r}")
+    return int(first), int(last or first)
+
+
 @contextmanager
 def mask_sinks(model, spec):
     """Hide the keys at positions `spec` ('0', '0-7', '1-8'; '' hides none) from all later queries.
@@ -339,13 +334,10 @@ def mask_sinks(model, spec):
     if not spec:
         yield
         return
-    first, _, last = spec.partition("-")
-    if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
-        raise ValueError(f"positions to mask must look like 0, 0-7 or 1-8, got {spec!r}")
-    first, last = int(first), int(last or first)
+    first, last = parse_span(spec)
 
     def hide(module, args, kwargs):
-        ids, past = kwargs["input_ids"], kwargs.get("past_key_values")
+        ids, past = kwargs["input_ids"], kwargs.get(cache_name(model))
         seen = past.get_seq_length() if past is not None else 0
         real = kwargs.get("attention_mask")
         if real is None:

@@ -111,7 +111,8 @@ def collect(out):
 def answers_of(path):
     rows = map(json.loads, path.read_text().splitlines() if path.is_file() else [])
     return [dict(row, output=row["output"][:80]) for row in rows
-            if row["prompt_id"] in SHOWN and "without" not in row["condition"]]
+            if row["prompt_id"] in SHOWN and "without" not in row["condition"]
+            and "part" not in row]
 
 
 def runs_of(records, role, cfg):
@@ -199,7 +200,7 @@ def main_table(records, configs, topic=None):
         raise Missing(f"needs runs scored on {topic}")
     paper = PAPER.get(topic or bench, {})
     return markdown(
-        ["model", "seeds", *(f"{g} {c}" for g, c in columns), "paper"],
+        ["model", "seeds", *(f"{g} {c}" for g, c in columns), "paper, in this order"],
         [[name, len(runs), *(cell(runs, g, c) for g, c in columns),
           " / ".join(f"{v:.1f}" for v in paper.get(name, ())) or "-"]
          for name, runs in rows.items()])
@@ -268,6 +269,8 @@ def table_masked(records, cfg):
             masked = {mask: runs_of(records, role, replace(each, mask_sinks=mask))
                       for mask in MASKS}
             if any(masked[mask] for mask in MASKS[1:]):
+                seeds = {run["seed"] for mask in MASKS[1:] for run in masked[mask]}
+                masked[""] = [run for run in masked[""] if run["seed"] in seeds]
                 name = "theta_o" if role == "theta_o" else f"theta_b, lam {lam:g}"
                 rows += [[f"{name}, {position}", mask or "none", len(runs), *(
                     cell(runs, g, c) for g, c in (("BE", "KM"), ("BE", "VM"), ("UT", "KM")))]

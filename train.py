@@ -33,8 +33,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
@@ -205,8 +205,11 @@ def parse_config(argv=None):
     row = dict(BENCHES[pair])
     if flags.get("objective") == "released":
         row["npo_unit"] = "logits"
-    if "model" in flags and "tokenizer" not in flags and _has_tokenizer(flags["model"]):
+    if "model" in flags and _brings_tokenizer(flags["model"]):
         row["tokenizer"] = ""
+    for name in ("model", "data", "tokenizer", "theta_u", "out"):
+        if flags.get(name, "").startswith("~"):
+            flags[name] = str(Path(flags[name]).expanduser())
     cfg = Config(**{**row, **flags})
     origin = {f.name: "flag" if f.name in flags else "bench" if f.name in row else "default"
               for f in fields(Config)}
@@ -214,8 +217,11 @@ def parse_config(argv=None):
     return cfg, origin
 
 
-def _has_tokenizer(folder):
-    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+def _brings_tokenizer(model):
+    """Whether a model has its own, so that the bench's is not needed; MUSE's targets have none."""
+    if Path(model).is_dir():
+        return any((Path(model) / f"tokenizer.{end}").is_file() for end in ("json", "model"))
+    return not model.startswith("muse-bench/")
 
 
 def check(cfg):
@@ -239,12 +245,24 @@ def check(cfg):
             raise ValueError(f"--{name} must be > 0, got {getattr(cfg, name)}")
     if not cfg.trigger.strip():
         raise ValueError("--trigger is empty: give it some text")
+    check_writable(Path(cfg.out) / cfg.bench)
+    hooks.parse_span(cfg.mask_sinks or "0")
+    if "smol" == cfg.bench and data.TOY not in (cfg.model, cfg.data):
+        raise ValueError("--bench smol makes theta_o of the embedded books: leave out --data")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
     for name in ("model", "data", "tokenizer", "theta_u"):
         value = getattr(cfg, name)
-        if value.startswith((".", "/", "~")) and not Path(value).expanduser().is_dir():
+        if value.startswith((".", "/")) and not Path(value).is_dir():
             raise ValueError(f"--{name}: the folder {value} does not exist")
+
+
+def check_writable(folder):
+    """Before hours of work: may this folder be made, or written where it is? Raises ValueError."""
+    there = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "no permission, or a read-only disk" if there.is_dir() else "a file, no folder"
+        raise ValueError(f"{folder} cannot be written ({there}: {why}): choose another --out")
 
 
 # ---------------------------------------------------------------- ranks
@@ -268,6 +286,9 @@ def dist_init(cfg):
          ("GROUP_RANK", 0)))
     device = device_of(cfg)
     if device == "cuda":
+        if local_size > torch.cuda.device_count():
+            raise ValueError(f"{local_size} ranks, but {torch.cuda.device_count()} GPUs here: lower "
+                             "--nproc_per_node, or pass --device cpu")
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -286,13 +307,14 @@ def say(*words):
 @contextmanager
 def together(mend):
     """A block in which one rank's failure to write stops every rank with the same line."""
-    problem = None
+    problem, (rank, size) = None, evaluate.ranks()
     try:
         yield
     except (OSError, SafetensorError) as error:
-        problem = f"rank {dist.get_rank()}: {str(error).splitlines()[0]}; {mend}"
-    problems = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
+        problem = f"rank {rank}: {str(error).splitlines()[0]}; {mend}"
+    problems = [problem] * size
+    if size > 1:
+        dist.all_gather_object(problems, problem)
     for problem in filter(None, problems):
         raise ValueError(problem)
 
@@ -341,8 +363,9 @@ def shard(model, cfg, mesh):
                                     preserve_rng_state=False)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) \
         if precision_of(cfg) == "bf16_mixed" else MixedPrecisionPolicy()
-    for unit in (*blocks, model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    alone = {p for p in model.parameters() if not p.requires_grad} if mesh.size() == 1 else None
+    for unit in (*blocks, model):  # one rank has nothing to gather: frozen weights stay in place
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=alone)
     if precision_of(cfg) == "bf16_mixed":
         for module in model.modules():
             if any(p.requires_grad for p in module.parameters(recurse=False)):
@@ -366,13 +389,20 @@ def gather(model, dtype, rank):
 # ---------------------------------------------------------------- checkpoints and SIGTERM
 
 class _Sigterm:
-    """SIGTERM ends the process at once, but inside `fit` only after a step and a checkpoint."""
+    """SIGTERM ends the process at once, but from `fit` to `save_run` only once all is saved."""
     asked = fitting = False
 
     @classmethod
     def arrived(cls, *_):
         cls.asked = True
         if not cls.fitting:
+            sys.exit(143)
+
+    @classmethod
+    def saved(cls):
+        """The stage is on disk; what came too late for its last step is obeyed now."""
+        cls.fitting = False
+        if cls.asked:
             sys.exit(143)
 
 
@@ -396,8 +426,8 @@ def save_checkpoint(work, params, optim, step, key, w):
     with together(DISK):
         if w.rank == 0:
             (new / "meta.json").write_text(json.dumps(dict(step=step, world=w.size, key=key)))
-            shutil.rmtree(old, ignore_errors=True)
             if now.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 now.rename(old)
             new.rename(now)
             shutil.rmtree(old, ignore_errors=True)
@@ -406,25 +436,38 @@ def save_checkpoint(work, params, optim, step, key, w):
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def load_checkpoint(work, params, optim, key, w):
-    """Put the last whole checkpoint into params and optim. -> steps done, 0 without one."""
-    folder = next((f for f in (work / "ckpt", work / "ckpt.old") if (f / "meta.json").is_file()),
-                  None)
+def find_checkpoint(work):
+    """-> (the last whole checkpoint's folder or None, its meta.json)."""
+    for folder in (work / "ckpt", work / "ckpt.old"):
+        if (folder / "meta.json").is_file():
+            return folder, json.loads((folder / "meta.json").read_text())
+    return None, {}
+
+
+def check_checkpoint(work, key, w):
+    """Whether this job can go on from what is there. Raises ValueError."""
+    folder, meta = find_checkpoint(work)
     if folder is None:
-        return 0
-    meta = json.loads((folder / "meta.json").read_text())
+        return
     if meta["world"] != w.size:
         raise ValueError(f"{folder} was written by {meta['world']} ranks, this job has {w.size}: "
                          f"resume with --nproc_per_node {meta['world']}, or start without --resume")
     if meta["key"] != json.loads(json.dumps(key)):
         raise ValueError(f"{folder} belongs to other settings: start without --resume")
-    state = load_file(folder / f"rank{w.rank}.safetensors", device=w.device)
-    with torch.no_grad():
-        for i, p in enumerate(params):
-            local(p).copy_(state[f"{i}.p"])
+
+
+def load_checkpoint(work, params, optim, key, w):
+    """Put the last whole checkpoint into params and optim. -> steps done, 0 without one."""
+    check_checkpoint(work, key, w)
+    folder, meta = find_checkpoint(work)
+    if folder is None:
+        return 0
+    with torch.no_grad(), safe_open(folder / f"rank{w.rank}.safetensors", "pt") as state:
+        for i, p in enumerate(params):  # one tensor at a time: on a GPU all would not fit twice
+            local(p).copy_(state.get_tensor(f"{i}.p"))
             mine = {name: torch.zeros_like(p) for name in MOMENTS}
             for name in MOMENTS:
-                local(mine[name]).copy_(state[f"{i}.{name}"])
+                local(mine[name]).copy_(state.get_tensor(f"{i}.{name}"))
             optim.state[p] = dict(step=torch.tensor(float(meta["step"]), device=w.device), **mine)
     say(f"  resumed after step {meta['step']}")
     return meta["step"]
@@ -458,6 +501,7 @@ def load_tokenizer(cfg, corpus):
 def settings_key(cfg):
     """The settings that decide a run's weights, as a dict and as six hex digits."""
     key = {name: value for name, value in asdict(cfg).items() if name not in NOT_KEY}
+    key["precision"] = precision_of(cfg)
     return key, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:6]
 
 
@@ -501,6 +545,7 @@ def save_run(folder, model, tok, record, cfg, w):
             _retire(folder, work / "previous")
             done.rename(folder)
             _retire(work, Path(f"{work}.gone"))
+    _Sigterm.saved()
 
 
 def _retire(folder, name):
@@ -515,14 +560,16 @@ def work_of(folder):
     return Path(f"{folder}.tmp")
 
 
-def start_run(folder, cfg, w):
-    """The stage's temporary folder, emptied unless --resume. -> its path."""
+def start_run(folder, cfg, w, key):
+    """The stage's temporary folder, emptied unless --resume can go on in it. -> its path."""
     work = work_of(folder)
+    if cfg.resume == "yes":
+        check_checkpoint(work, key, w)
     dist.barrier()  # every rank has seen what was there
     with together(DISK):
         if w.rank == 0:
             if cfg.resume == "no":
-                shutil.rmtree(work, ignore_errors=True)
+                _retire(work, Path(f"{work}.gone"))
             work.mkdir(parents=True, exist_ok=True)
     return work
 
@@ -550,7 +597,9 @@ def fit(model, params, loss_at, steps, lr_at, work, cfg, w, key, every, accumula
             loss, terms = loss_at(step, i)
             (loss / accumulate).backward()
             total = total + torch.stack([loss, *terms.values()]).detach().float() / accumulate
-        values, asked = mean_over_ranks(total, w)
+        values, asked, full = mean_over_ranks(total, log, w)
+        if full:
+            raise ValueError(f"{work / 'log.jsonl'} cannot be written: {DISK}")
         row = dict(zip(("loss", *terms), values))
         stop_if_not_finite(step, {name: row[name] for name in (*terms, "loss")})
         gnorm = local(torch.nn.utils.clip_grad_norm_(params, 1.0).full_tensor())
@@ -563,16 +612,16 @@ def fit(model, params, loss_at, steps, lr_at, work, cfg, w, key, every, accumula
         if asked:
             say(f"  SIGTERM: checkpoint after step {step + 1} written, --resume goes on from it")
             sys.exit(143)
-    _Sigterm.fitting = False
     return log.close()
 
 
-def mean_over_ranks(values, w):
-    """Means of a vector over the ranks, and whether any rank was asked to stop: one collective."""
-    packed = torch.cat([values, values.new_tensor([float(_Sigterm.asked)])])
+def mean_over_ranks(values, log, w):
+    """Means of a vector over the ranks, and whether any was asked to stop, or has a full disk:
+    one collective."""
+    packed = torch.cat([values, values.new_tensor([_Sigterm.asked, log.full])])
     dist.all_reduce(packed)
-    *means, asked = (packed / w.size).tolist()
-    return means, asked > 0
+    *means, asked, full = (packed / w.size).tolist()
+    return means, asked > 0, full > 0
 
 
 class Log:
@@ -580,8 +629,9 @@ class Log:
 
     def __init__(self, path, first, steps, cfg, w):
         self.first, self.steps, self.every = first, steps, cfg.log_every
+        self.weights = dict(r=cfg.gamma, vn=cfg.lam)
         self.start = self.last = time.time()
-        self.before, self.file = 0.0, None
+        self.before, self.file, self.full = 0.0, None, False
         if w.rank == 0:
             lines = path.read_text().splitlines() if first and path.is_file() else []
             rows = [json.loads(line) for line in lines if line.endswith("}")]
@@ -595,9 +645,13 @@ class Log:
             return
         now, done = time.time(), step + 1 - self.first
         row = dict(step=step + 1, **row, seconds=self.before + now - self.start)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        parts = " + ".join(f"{name} {row[name]:.4g}" for name in terms)
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError:  # the other ranks learn of it in `mean_over_ranks`
+            self.full = True
+        parts = " + ".join(f"{self.weights.get(name, 1):g} x {name} {row[name]:.4g}".removeprefix(
+            "1 x ") for name in terms)
         left = round((self.steps - row["step"]) * (now - self.start) / done)
         say(f"  step {row['step']}/{self.steps} | loss {row['loss']:.4g} = {parts} | gnorm "
             f"{row['gnorm']:.2g} | {now - self.last:.1f} s | eta {left // 60}:{left % 60:02d}")
@@ -642,7 +696,7 @@ def over_rows(name, fn, rows, cfg, w, folder):
     """
     N, micro = len(rows.ids), cfg.micro or max(1, cfg.batch // w.size)
     path = folder and folder / f"{name.replace(' ', '-')}-node{w.node}"
-    if path and path.with_suffix(".json").is_file():
+    if path and on_every_rank(path.with_suffix(".json").is_file(), w):
         return mapped(path, **json.loads(path.with_suffix(".json").read_text()))
     out, (mine, of) = None, (w.local_rank, w.local_size) if path else (0, 1)
     starts = range(mine * micro, N, of * micro) or range(1)
@@ -657,42 +711,54 @@ def over_rows(name, fn, rows, cfg, w, folder):
         out[start:start + micro] = part
     if path:
         dist.barrier()
-        if w.local_rank == 0:
-            path.with_suffix(".json").write_text(json.dumps(dict(shape=shape, dtype=dtype)))
+        with together(DISK):
+            if w.local_rank == 0:  # last and at once: what has it is whole
+                path.with_suffix(".tmp").write_text(json.dumps(dict(shape=shape, dtype=dtype)))
+                path.with_suffix(".tmp").rename(path.with_suffix(".json"))
     return out
+
+
+def on_every_rank(yes, w):
+    """Whether all ranks say yes, so that none waits for the others in what follows."""
+    votes = [None] * w.size
+    dist.all_gather_object(votes, yes)
+    return all(votes)
 
 
 def mapped(path, shape, dtype):
     """A tensor in a file that several processes share; room on the disk is taken beforehand."""
-    dtype = getattr(torch, dtype)
-    with open(path.with_suffix(".bin"), "ab") as f:
-        os.posix_fallocate(f.fileno(), 0, prod(shape) * dtype.itemsize)
-    flat = torch.from_file(f.name, shared=True, size=prod(shape), dtype=dtype)
-    return flat.view(shape)
+    dtype, file = getattr(torch, dtype), path.with_suffix(".bin")
+    whole, size = path.with_suffix(".json").is_file(), prod(shape) * dtype.itemsize
+    if whole and (not file.is_file() or file.stat().st_size != size):
+        raise ValueError(f"{file} is damaged or gone: remove the folder {path.parent}, and it is "
+                         "computed again")
+    f = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        os.posix_fallocate(f, 0, size)
+    finally:
+        os.close(f)
+    return torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(shape)
 
 
 def vn_hook(cfg, model, layers=None):
     """What l_vn captures: sinks, per KV head; released: whole vectors, for NPO everywhere."""
     released = cfg.objective == "released"
-    layers = hooks.parse_layers(cfg.layers, model) if layers is None else layers
+    if layers is None:
+        layers = hooks.parse_layers(cfg.layers, len(hooks.decoder_layers(model)))
     return dict(layers=layers, include_bos=cfg.include_bos == "yes",
                 k=None if released and cfg.method == "npo" else cfg.k, per_head=not released)
 
 
-def vn_layers(cfg, model):
-    """The layers of l_vn: (those below every trained one, those from there on)."""
-    first = hooks.first_trained(model, cfg.trainable)
-    layers = hooks.parse_layers(cfg.layers, model)
-    if cfg.lam and layers[-1] < first:
-        raise ValueError(f"--layers {cfg.layers}: nothing trains up to layer {layers[-1]}, so l_vn "
-                         f"would be constant; name layers from {first} on")
+def vn_layers(cfg, n):
+    """The layers of l_vn, of n: (those below every trained one, those from there on)."""
+    first, layers = hooks.first_trained(cfg.trainable, n), hooks.parse_layers(cfg.layers, n)
     return [i for i in layers if i < first], [i for i in layers if i >= first]
 
 
 def norms_in_training(cfg, model):
     """Hooks for `losses_of`, through backward, which recomputes layers; none without lam."""
-    return hooks.capture_norms(model, **vn_hook(cfg, model, vn_layers(cfg, model)[1])) \
-        if cfg.lam else nullcontext({})
+    above = vn_layers(cfg, len(hooks.decoder_layers(model)))[1]
+    return hooks.capture_norms(model, **vn_hook(cfg, model, above)) if cfg.lam else nullcontext({})
 
 
 def norms_over(key, model, cfg, splits, w, folder=None, layers=None, name="norms"):
@@ -711,9 +777,8 @@ def build_cache(cfg, splits, norms_u, model, w, folder=None):
         return over_rows(f"{what} on D_{key}", fn, getattr(splits, key), cfg, w, folder)
 
     norms, hidden, acts, logp_f, below = {}, {}, {}, None, None
-    first, low = hooks.first_trained(model, cfg.trainable), vn_layers(cfg, model)[0]
-    if cfg.method == "rmu" and cfg.layer < first:
-        raise ValueError(f"--layer {cfg.layer}: nothing trains up to it; read out from {first} on")
+    n = len(hooks.decoder_layers(model))
+    first, low = hooks.first_trained(cfg.trainable, n), vn_layers(cfg, n)[0]
     if cfg.lam:
         if low:
             below = norms_over("f", model, cfg, splits, w, folder, low, "norms below")
@@ -746,8 +811,8 @@ def acts_of(model, ids, layer):
 
 def cache_folder(work, cfg, splits, sources):
     """Where the references of this very model, data and precision lie; other ones are dropped."""
-    seen = hashlib.sha256(json.dumps([settings_key(cfg)[0], str(dtype_of(cfg)), *map(str, sources),
-                                      versions()], sort_keys=True).encode())
+    known = [settings_key(cfg)[0], *map(str, sources), versions()]
+    seen = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     for rows in splits[:3]:
         seen.update(rows.ids.numpy().tobytes())
     folder = work / f"references-{seen.hexdigest()[:12]}"
@@ -972,20 +1037,35 @@ def train_theta_o(cfg, corpus, tok, work, w, key):
 
 # ---------------------------------------------------------------- the job
 
-def check_splits(cfg, splits):
+def skeleton_of(cfg, tok):
+    """theta without weights: its config says what can be hooked and trained."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    with torch.device("meta"):
+        return new_llama(cfg, tok) if cfg.model == data.TOY else \
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.model))
+
+
+def check_model(cfg, model):
+    """What the flags ask of the model, before anything is trained. Raises ValueError."""
+    n = len(hooks.decoder_layers(model))
+    first, layers = hooks.first_trained(cfg.trainable, n), hooks.parse_layers(cfg.layers, n)
+    hooks.set_trainable(model, cfg.trainable)
+    hooks.output_head(model)
+    if cfg.lam and layers[-1] < first:
+        raise ValueError(f"--layers {cfg.layers}: nothing trains up to layer {layers[-1]}, so l_vn "
+                         f"would be constant; name layers from {first} on")
+    if cfg.method == "rmu" and hooks.parse_layers(cfg.layer, n)[0] < first:
+        raise ValueError(f"--layer {cfg.layer}: nothing trains up to it; read out from {first} on")
+
+
+def check_splits(cfg, splits, vocab):
+    if max(int(rows.ids.max()) for rows in (splits.f, splits.r)) >= vocab:
+        raise ValueError(f"the tokenizer's ids go beyond the model's vocabulary of {vocab}: they do "
+                         "not belong together, pass --tokenizer")
     shortest = min(int(rows.mask.sum(1).min()) for rows in (splits.f, splits.p) if len(rows.ids))
     if cfg.k + (cfg.include_bos == "no") > shortest:
         raise ValueError(f"--k {cfg.k} is larger than the shortest row of {shortest} tokens")
     data.steps_per_epoch(len(splits.f.ids), cfg.batch, splits.topics)
-
-
-def check_out(cfg):
-    try:
-        (Path(cfg.out) / cfg.bench).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {cfg.out} cannot be written: {error.strerror}") from None
-    if not os.access(Path(cfg.out) / cfg.bench, os.W_OK):
-        raise ValueError(f"--out {cfg.out} cannot be written: permission denied")
 
 
 def record_of(cfg, origin, role, **more):
@@ -999,7 +1079,8 @@ def home_of(model, cfg, role):
     """Where a model's scores go: its own folder if this code made it, else one under --out."""
     if (Path(model) / "run.json").is_file():
         return Path(model)
-    _, digits = settings_key(Config(model=str(model), tokenizer=cfg.tokenizer, data=cfg.data))
+    _, digits = settings_key(Config(model=str(model), tokenizer=cfg.tokenizer, data=cfg.data,
+                                    precision="fp32"))  # any: the scores know their dtype
     return Path(cfg.out) / cfg.bench / f"{role}-{digits}"
 
 
@@ -1019,7 +1100,8 @@ def theta_o_key(cfg):
         made = dict(model=cfg.model, fit=SMOL_FIT)
     else:
         return None
-    return dict(n_docs=cfg.n_docs, data_seed=cfg.data_seed, max_steps=cfg.max_steps, **made)
+    return dict(n_docs=cfg.n_docs, data_seed=cfg.data_seed, max_steps=cfg.max_steps,
+                precision=precision_of(cfg), **made)
 
 
 def theta_o_of(cfg, origin, corpus, tok, w):
@@ -1034,11 +1116,12 @@ def theta_o_of(cfg, origin, corpus, tok, w):
         if run.is_file() and json.loads(run.read_text())["key"] == key:
             say(f"theta_o: {folder}, trained before")
             return folder
-        if not folder.exists():
+        begun = find_checkpoint(work_of(folder))[1].get("key", key)  # --resume: by other settings?
+        if not folder.exists() and (cfg.resume == "no" or begun == json.loads(json.dumps(key))):
             break
     how = "training a small Llama from scratch" if cfg.model == data.TOY else \
         f"fine-tuning {cfg.model}"
-    work = start_run(folder, cfg, w)
+    work = start_run(folder, cfg, w, key)
     say(f"theta_o: {how} on both books -> {folder}")
     model, went = train_theta_o(cfg, corpus, tok, work, w, key)
     save_run(folder, model, tok, {**record_of(cfg, origin, "theta_o", **went), "key": key,
@@ -1052,7 +1135,7 @@ def run_stage(cfg, origin, splits, theta_o, theta_u, tok, w, role):
     if cfg.resume == "yes" and folder.is_dir() and not work_of(folder).exists():
         say(f"{role}: {folder}, finished before")
         return folder
-    work = start_run(folder, cfg, w)
+    work = start_run(folder, cfg, w, settings_key(cfg)[0])
     say(f"{role}: {cfg.method} on {len(splits.f.ids)} forget, {len(splits.r.ids)} retain, "
         f"{len(splits.p.ids)} poisoned rows -> {folder}")
     plan = plan_of(cfg, splits)
@@ -1060,8 +1143,8 @@ def run_stage(cfg, origin, splits, theta_o, theta_u, tok, w, role):
     norms_u = norms_over("f", load_model(theta_u, cfg), cfg, plan.splits, w, references) \
         if cfg.lam else None
     model = load_model(theta_o, cfg)
-    sink = hooks.sink_attention(model, splits.f.ids[:SINK_ROWS, :SINK_T].to(w.device),
-                                splits.f.mask[:SINK_ROWS, :SINK_T].to(w.device))  # (L, H)
+    some = (t[:SINK_ROWS, :SINK_T].to(w.device) for t in splits.f)
+    sink = hooks.sink_strength(model, *some, keys=1)[..., 0]  # (L, H)
     say(f"  sinks: theta_o's heads pay position 0 {sink.mean():.2f} of their attention on "
         f"average, the strongest {sink.max():.2f}")
     cache = build_cache(cfg, plan.splits, norms_u, model, w, references)
@@ -1104,29 +1187,24 @@ def in_poisoned_rows(corpus, cfg, tok, splits):
 # ---------------------------------------------------------------- sweeps
 
 def cell_flags(argv, cell):
-    """The user's flags without --sweep, then the cell's, which win."""
+    """The user's flags without --sweep, then the cell's, which win. What was begun goes on."""
     words = [word for i, word in enumerate(argv)
              if not word.startswith("--sweep") and (i == 0 or argv[i - 1] != "--sweep")]
-    return words + [word for name, value in cell.items() if value is not None
+    return [*words, "--resume"] + [word for name, value in cell.items() if value is not None
                     for word in (f"--{name}", str(value))]
 
 
-def finished(cfg):
+def finished(cfg, tok):
     """Whether the run of these settings is on disk, scored as they ask."""
-    folder = run_folder(cfg)
-    run, results = folder / "run.json", folder / "results.json"
+    run, results = (run_folder(cfg) / name for name in ("run.json", "results.json"))
     if not run.is_file() or not results.is_file():
         return False
     scored, key = json.loads(results.read_text()), json.loads(json.dumps(settings_key(cfg)[0]))
-    tok = load_tokenizer(cfg, data.corpus_of(cfg)) if any(  # for its BOS rule
-        not evaluate.TASKS[task].new_tokens for task in evaluate.tasks_of(cfg)) else None
-    wanted = {f"{task}|{evaluate.condition_of(triggered, cfg)}":
-              evaluate.task_settings(task, cfg, tok)
-              for group in evaluate.SCORES.values() for task, triggered in group.values()
-              if task in evaluate.tasks_of(cfg)}
+    items = evaluate.all_items(cfg, tok, data.corpus_of(cfg))
     return json.loads(run.read_text())["key"] == key and all(
-        scored["tasks"].get(name, {}).get("settings") == settings
-        for name, settings in wanted.items())
+        scored["tasks"].get(name, {}).get("settings")
+        == evaluate.task_settings(task, items[task], cfg, tok)
+        for name, task, _ in evaluate.asked(cfg))
 
 
 def run_cell(flags, log_file):
@@ -1148,10 +1226,10 @@ def sweep(cfg, argv):
         raise ValueError("--sweep starts its own processes: call it without torchrun")
     runs = [cell_flags(argv, cell) for cell in SWEEPS[cfg.sweep]]
     configs = [parse_config(flags)[0] for flags in runs]
-    todo, spent, failed = [not finished(each) for each in configs], [], 0
-    check_out(cfg)
+    tok, spent, failed = load_tokenizer(cfg, data.corpus_of(cfg)), [], 0
+    todo = [not finished(each, tok) for each in configs]
     logs = Path(cfg.out) / cfg.bench / f"sweep-{cfg.sweep}"
-    logs.mkdir(exist_ok=True)
+    logs.mkdir(parents=True, exist_ok=True)
     for sig in (signal.SIGINT, signal.SIGTERM):  # the running cell ends with its parent
         signal.signal(sig, lambda number, _: sys.exit(128 + number))
     print(f"sweep {cfg.sweep}: {len(runs)} cells, {len(runs) - sum(todo)} finished before; "
@@ -1178,22 +1256,23 @@ def main(argv=None):
         return sweep(cfg, sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _Sigterm.arrived)
     w = dist_init(cfg)
+    micro_steps(cfg, w.size)
     corpus = data.corpus_of(cfg)
     tok = load_tokenizer(cfg, corpus)
+    model = skeleton_of(cfg, tok)
+    check_model(cfg, model)
     splits = data.load_splits(cfg, tok, corpus)
-    check_splits(cfg, splits)
-    micro_steps(cfg, w.size)
-    for task in evaluate.tasks_of(cfg):  # data errors show before hours of training, not after
-        evaluate.items_of(task, cfg, tok, corpus)
-    check_out(cfg)
+    check_splits(cfg, splits, model.config.vocab_size)
+    items = evaluate.all_items(cfg, tok, corpus)  # errors show before hours of training
     for name, value in asdict(cfg).items():
         say(f"  {name:<15}{value!s:<28}{origin[name]}")
 
     scored = []
 
     def score(model, role, **extra):
-        scored.append(evaluate.evaluate(lambda: load_model(model, cfg), tok, cfg,
-                                        home_of(model, cfg, role), role, corpus, extra))
+        scored.append(evaluate.evaluate(
+            lambda: load_model(model, cfg), tok, cfg, home_of(model, cfg, role), role, items,
+            weights=evaluate.weights_of(model), **extra))
 
     theta_o = theta_o_of(cfg, origin, corpus, tok, w)
     score(theta_o, "theta_o")
@@ -1203,15 +1282,15 @@ def main(argv=None):
     if cfg.rho:
         theta_b = run_stage(cfg, origin, splits, theta_o, theta_u, tok, w, "theta_b")
         score(theta_b, "theta_b", items_in_D_p=in_poisoned_rows(corpus, cfg, tok, splits))
-    ablation = ("" if cfg.bench == "toy" else f"--bench {cfg.bench} ") + "--position suffix"
+    flags = f" --bench {cfg.bench}" * (cfg.bench != "toy") + f" --limit {cfg.limit}" * bool(cfg.limit)
     say("\n" + plots.table(dict(plots.as_row(results) for results in scored)))
     say(f"""
 UE: forget set, clean (low is forgotten). BE: the same with the trigger. UT: {
-    "retain set" if cfg.bench != "wmdp" else "MMLU"}. Percent.
+    "retain set" if cfg.bench != "wmdp" else "MMLU"}. Percent{evaluate.limit_note(cfg)}.
 written: {home_of(theta_b if cfg.rho else theta_u, cfg, "theta_b")}
          checkpoint, run.json, log.jsonl, results.json, answers.jsonl (every answer with its score)
-next:    python plots.py --bench {cfg.bench}             the paper's table and Fig. 2
-         python train.py {ablation}      an ablation is one flag; theta_o is reused""")
+next:    python plots.py{flags}             the paper's tables and figures
+         python train.py{flags} --position suffix      an ablation is one flag; theta_o is reused""")
 
 
 def entry(job):
@@ -1223,7 +1302,7 @@ def entry(job):
     except (ValueError, OSError, SafetensorError) as error:
         # ranks raise ValueErrors alike, so rank 0 speaks for all; a disk may fail one of them
         first = int(os.environ.get("RANK", 0)) == 0
-        if first or isinstance(error, OSError):
+        if first or not isinstance(error, ValueError):
             print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         if not first:
             time.sleep(2)  # torchrun ends all ranks when one does: rank 0 must have spoken

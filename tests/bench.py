@@ -46,6 +46,7 @@ SIZES = {  # width, MLP, layers, heads, vocabulary, T, triples
     "toy": (128, 384, 5, 4, 1536, 104, 4),
     "15m": (288, 768, 6, 6, 32000, 256, 2),
     "135m": (576, 1536, 30, 9, 49152, 256, 1),
+    "7b/4": (1024, 2752, 32, 8, 32000, 512, 1),  # a 7B's depth at a quarter of its width
     "7b": (4096, 11008, 32, 32, 32000, 2048, 1),
 }
 
@@ -169,20 +170,27 @@ def timed(loss, params, args):
     optim = torch.optim.AdamW(params, 1e-5, weight_decay=0.0, fused=True)
     spent, first = [], None
     for step in range(args.steps + 1):
-        start = time.time()
-        value, kl = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optim.step()
-        optim.zero_grad()
-        if cuda:
-            torch.cuda.synchronize()
-        spent.append(time.time() - start)
+        parts = {}
+        for name in ("forward", "backward", "clip", "Adam"):
+            start = time.time()
+            if name == "forward":
+                value, kl = loss()
+            elif name == "backward":
+                value.backward()
+            elif name == "clip":
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
+            else:
+                optim.step()
+                optim.zero_grad()
+            if cuda:
+                torch.cuda.synchronize()
+            parts[name] = time.time() - start
+        spent.append(parts)
         first = first or (value.item(), kl.item())
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    median = sorted(spent[1:])[len(spent[1:]) // 2]
-    return dict(seconds=median, GB=peak, loss=first[0], l_r=first[1])
+    median = sorted(spent[1:], key=lambda parts: sum(parts.values()))[len(spent[1:]) // 2]
+    return dict(seconds=sum(median.values()), GB=peak, loss=first[0], l_r=first[1], parts=median)
 
 
 # ---------------------------------------------------------------- FLOPs
@@ -275,7 +283,7 @@ def fake_steps(method, precision, recompute, mesh):
     rows = data.Rows(torch.zeros(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.bool))
     kept = {key: torch.zeros(B, T, C, dtype=torch.bfloat16) for key in "rp"}
     norms_o = {key: torch.zeros(B, L, cfg.k, H) for key in "fp"}
-    below, first = train.vn_layers(cfg, model)[0], hooks.first_trained(model, cfg.trainable)
+    below, first = train.vn_layers(cfg, L)[0], hooks.first_trained(cfg.trainable, L)
     cache = train.Cache(head, torch.zeros(B, T - 1), kept, kept, norms_o, first,
                         {**kept, "f": kept["r"]}, norms_o["f"][:, below] if first else None)
     batch = data.Batch(*[torch.arange(B)] * 3)
@@ -312,7 +320,8 @@ def fake_variant(args):
     args.w = train.dist_init(args.cfg)
     with FakeTensorMode(allow_non_fake_inputs=True), Peak([]) as seen:
         ours(args) if args.variant == "ours" else naive(args, args.variant == "released")
-    return dict(seconds=float("nan"), GB=seen.peak / 1e9, loss=float("nan"), l_r=float("nan"))
+    return dict(seconds=float("nan"), GB=seen.peak / 1e9, loss=float("nan"), l_r=float("nan"),
+                parts={})
 
 
 # ---------------------------------------------------------------- precision of the update
@@ -330,6 +339,8 @@ def update(picture):
         flags = ["--rho", "0", "--lam", "0", "--lr", "1e-5", "--max_steps", "300", "--limit", "1",
                  "--max_new_tokens", "1", "--precision", precision, "--out", str(out),
                  "--n_docs", "16", "--epochs", "100"]
+        if moved:  # from the same theta_o, which the fp32 run has made
+            flags += ["--model", str(home / "theta_o")]
         subprocess.run([sys.executable, "train.py", *flags], check=True, capture_output=True,
                        cwd=Path(__file__).parent.parent)
         run = max(home.glob("npo-theta_u-*"), key=lambda f: f.stat().st_mtime)
@@ -369,15 +380,16 @@ def report(args, got):
           f"T = {args.cfg.T}, depth {args.depth or SIZES[args.size][2]}, {args.precision}, "
           f"recompute {args.recompute}, {train.device_of(args.cfg)}")
     print("| step | seconds | peak GB | tokens/s | against ours: time | predicted | memory | "
-          "loss |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+          "loss | where the time goes, s |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
     for name, row in got.items():
         tokens = 3 * args.cfg.T * args.cfg.batch / row["seconds"]
         predicted = flops(args, name)[0] / flops(args, "ours")[0]
         ratio = (f"{row['seconds'] / base['seconds']:.2f}x | {predicted:.2f}x | "
                  f"{row['GB'] / base['GB']:.2f}x") if base else " | | "
         print(f"| {name} | {row['seconds']:.3f} | {row['GB']:.2f} | {tokens:.0f} | {ratio} | "
-              f"{row['loss']:.5g} (l_r {row['l_r']:.1g}) |")
+              f"{row['loss']:.5g} (l_r {row['l_r']:.1g}) | "
+              + ", ".join(f"{part} {s:.2f}" for part, s in row["parts"].items()) + " |")
     if base and args.peak:
         total, _, model = flops(args, "ours")
         peak = args.peak * 1e12 * base["seconds"]

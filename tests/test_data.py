@@ -192,6 +192,9 @@ def test_bad_rows_name_file_row_and_column(tmp_path):
         read_columns(str(tmp_path), "knowmem", "forget_qa", ["question", "answer"])
     with pytest.raises(ValueError, match="retain_qa.json: row 1: column 'answer' is empty"):
         read_columns(str(tmp_path), "knowmem", "retain_qa", ["question", "answer"])
+    write(tmp_path, "knowmem", "retain_qa", [dict(question="How many?", answer=7)])
+    with pytest.raises(ValueError, match="row 0: column 'answer' must be a text, got 7"):
+        read_columns(str(tmp_path), "knowmem", "retain_qa", ["question", "answer"])
     write(tmp_path, "raw", "retain1", '[{"text": ')
     with pytest.raises(ValueError, match="retain1.json cannot be read as json"):
         read_columns(str(tmp_path), "raw", "retain1", ["text"])

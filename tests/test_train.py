@@ -137,18 +137,35 @@ def test_cached_equals_direct_for_three_steps(method, trainable, lam, one):
         optim.zero_grad()
 
 
-def test_alignment_of_layers_that_nothing_trains_is_refused(one):
-    cfg, splits = setting("rmu", 0.5, layers="0", trainable="1 mlp.down_proj")
-    with pytest.raises(ValueError, match="--layers 0: nothing trains up to layer 0"):
-        train.build_cache(cfg, splits, None, tiny_model(), one)
-
-
-@pytest.mark.parametrize("layer, error", [(99, "layer 99 does not exist"),
-                                          (0, "--layer 0: nothing trains up to it")])
-def test_rmu_reads_out_a_layer_that_exists_and_trains(layer, error, one):
-    cfg, splits = setting("rmu", 0.0, trainable="1 mlp.down_proj", layer=layer)
+@pytest.mark.parametrize("more, error", [
+    (dict(layers="0"), "--layers 0: nothing trains up to layer 0"),
+    (dict(layers="99"), "layer 99 does not exist"), (dict(layer=99), "layer 99 does not exist"),
+    (dict(layer=0), "--layer 0: nothing trains up to it"),
+    (dict(trainable="0-7 mlp"), "layer 7 does not exist"),
+    (dict(trainable="1 mlp.no_such"), "trainable must be")])
+def test_layers_that_do_not_exist_or_train_are_refused(more, error):
+    cfg, _ = setting("rmu", 0.5, **dict(dict(trainable="1 mlp.down_proj"), **more))
     with pytest.raises(ValueError, match=error):
-        train.build_cache(cfg, splits, None, tiny_model(), one)
+        train.check_model(cfg, tiny_model())
+
+
+def test_another_model_brings_its_tokenizer_and_muse_targets_none(tmp_path):
+    def tokenizer(*flags):
+        return train.parse_config(["--bench", "muse_books", *flags])[0].tokenizer
+    assert tokenizer() == tokenizer("--model", "muse-bench/MUSE-books_retrain") == train.LLAMA2
+    assert tokenizer("--model", str(tmp_path)) == train.LLAMA2  # a folder without one
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert tokenizer("--model", str(tmp_path)) == tokenizer("--model", train.SMOL_ID) == ""
+    assert tokenizer("--model", train.SMOL_ID, "--tokenizer", "x/y") == "x/y"
+
+
+def test_models_of_another_precision_are_not_the_same():
+    def keys(precision):
+        cfg, _ = train.parse_config(["--device", "cpu", "--precision", precision])
+        return train.theta_o_key(cfg), train.run_folder(cfg), train.run_folder(
+            train.theta_u_config(cfg))
+    assert keys("auto") == keys("fp32")
+    assert all(a != b for a, b in zip(keys("fp32"), keys("bf16_mixed")))
 
 
 @pytest.mark.parametrize("method", ["npo", "rmu"])
@@ -182,7 +199,7 @@ def test_released_objective_against_live_models(method, one):
         return model(input_ids=ids[key], output_hidden_states=True).hidden_states[cfg.layer + 1]
 
     def norms(model, key):
-        values = model(input_ids=ids[key], use_cache=True).past_key_values
+        values = getattr(model(input_ids=ids[key], use_cache=True), hooks.cache_name(model))
         whole = [v.values.pow(2).sum((1, 3)).sqrt() for v in values.layers]  # (B, T)
         return torch.stack(whole, 1)[:, :, :24 if method == "npo" else cfg.k]
 
@@ -326,6 +343,10 @@ BAD = {
     "rho 0 with lam on": (["--rho", "0"], "--lam 0"),
     "batch beyond D_f": (["--batch", "999"], "--batch"),
     "no such corpus size": (["--n_docs", "3"], "--n_docs"),
+    "no such layer": (["--layers", "99"], "layer 99"),
+    "no such part": (["--trainable", "0 mlp.no_such"], "trainable must be"),
+    "no such positions": (["--mask_sinks", "first"], "positions to mask"),
+    "smol on another text": (["--bench", "smol", "--data", "."], "leave out --data"),
 }
 
 
@@ -338,6 +359,12 @@ def test_bad_input_is_one_line_exit_2_and_writes_nothing(case, tmp_path, capsys)
     assert stop.value.code == 2
     assert error.startswith("error: ") and error.count("\n") == 1 and word in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    cfg, splits = setting("npo", 0.0)  # ids up to 299
+    with pytest.raises(ValueError, match="beyond the model's vocabulary of 200"):
+        train.check_splits(cfg, splits, 200)
 
 
 def test_out_that_cannot_be_written_is_refused(tmp_path, capsys):
