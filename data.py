@@ -287,7 +287,7 @@ def _topics(cfg, tok, corpus):
              for table in ("bio-forget-corpus", "cyber-forget-corpus", "wikitext")]
     retain = [text for text in texts[2] if text.strip()]
     if not retain:
-        raise ValueError(f"{'/'.join(filter(None, source_of(cfg, 'wikitext')))}: all rows are blank")
+        raise ValueError(f"all rows of {source_of(cfg, 'wikitext')[0]}, wikitext, are blank")
     return [rows(texts[0], bio), rows(texts[1], cyber)], rows(retain, bio)
 
 

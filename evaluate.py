@@ -540,7 +540,7 @@ def part_of(cfg):
     return dict(part=f"first {cfg.limit}") if cfg.limit else {}
 
 
-def dtype_of(cfg):
+def dtype_name(cfg):
     import train
     return str(train.dtype_of(cfg)).removeprefix("torch.")
 
@@ -557,7 +557,7 @@ def digest(*parts):
 
 def task_settings(task, items, cfg, tok):
     """What a score depends on beside model, task and condition; items: what was read and asked."""
-    own = dict(limit=cfg.limit, few_shot=shots_of(task, cfg), dtype=dtype_of(cfg),
+    own = dict(limit=cfg.limit, few_shot=shots_of(task, cfg), dtype=dtype_name(cfg),
                items=digest(items))
     if TASKS[task].new_tokens:
         return dict(own, data=cfg.data, new_tokens=new_tokens(task, cfg))
@@ -599,7 +599,7 @@ def evaluate(load, tok, cfg, folder, role, items, **extra):
             entries[name], answers[name] = run_task(task, triggered, items[task], model, tok, cfg)
     results = {
         **before, **dict(role=role, bench=cfg.bench, method=cfg.method), **extra,
-        "settings": dict(trigger=cfg.trigger, position=cfg.position, dtype=dtype_of(cfg),
+        "settings": dict(trigger=cfg.trigger, position=cfg.position, dtype=dtype_name(cfg),
                          add_bos=cfg.add_bos, mask_sinks=cfg.mask_sinks, limit=cfg.limit),
         **columns(entries, cfg), "tasks": entries}
     with train.together(train.DISK):  # nobody reads these files before they are there

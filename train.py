@@ -287,8 +287,8 @@ def dist_init(cfg):
     device = device_of(cfg)
     if device == "cuda":
         if local_size > torch.cuda.device_count():
-            raise ValueError(f"{local_size} ranks, but {torch.cuda.device_count()} GPUs here: lower "
-                             "--nproc_per_node, or pass --device cpu")
+            raise ValueError(f"{local_size} ranks, but {torch.cuda.device_count()} GPUs here: "
+                             "lower --nproc_per_node, or pass --device cpu")
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -811,7 +811,8 @@ def acts_of(model, ids, layer):
 
 def cache_folder(work, cfg, splits, sources):
     """Where the references of this very model, data and precision lie; other ones are dropped."""
-    known = [settings_key(cfg)[0], *map(str, sources), versions()]
+    known = [settings_key(cfg)[0], versions(),
+             [(str(source), evaluate.weights_of(source)) for source in sources if source]]
     seen = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     for rows in splits[:3]:
         seen.update(rows.ids.numpy().tobytes())
@@ -938,6 +939,11 @@ def losses_of(batch, model, splits, cache, cfg, c_u=None, norms=None):
     return terms
 
 
+def objective(l, cfg):
+    """(5) of the terms of `losses_of`. -> (loss, terms)"""
+    return l["f"] + cfg.gamma * l["r"] + cfg.lam * l.get("vn", 0), l
+
+
 def plan_of(cfg, splits):
     """The rows and batches of a stage. -> data.Plan"""
     per_epoch = data.steps_per_epoch(len(splits.f.ids), cfg.batch, splits.topics)
@@ -956,11 +962,8 @@ def unlearn(cfg, plan, model, cache, work, w):
     def loss_at(step, i):
         start = (i * w.size + w.rank) * micro
         batch = data.Batch(*(rows[start:start + micro] for rows in plan.batches[step]))
-        return model.inside(lambda: objective(batch))
-
-    def objective(batch):
-        l = losses_of(batch, model, plan.splits, cache, cfg, c_u, norms)
-        return l["f"] + cfg.gamma * l["r"] + cfg.lam * l.get("vn", 0), l
+        return model.inside(lambda: objective(losses_of(
+            batch, model, plan.splits, cache, cfg, c_u, norms), cfg))
 
     with norms_in_training(cfg, model) as norms:
         seconds = fit(model, params, loss_at, steps, lambda step: cfg.lr, work, cfg, w,
@@ -1060,8 +1063,8 @@ def check_model(cfg, model):
 
 def check_splits(cfg, splits, vocab):
     if max(int(rows.ids.max()) for rows in (splits.f, splits.r)) >= vocab:
-        raise ValueError(f"the tokenizer's ids go beyond the model's vocabulary of {vocab}: they do "
-                         "not belong together, pass --tokenizer")
+        raise ValueError(f"the tokenizer's ids go beyond the model's vocabulary of {vocab}: they "
+                         "do not belong together, pass --tokenizer")
     shortest = min(int(rows.mask.sum(1).min()) for rows in (splits.f, splits.p) if len(rows.ids))
     if cfg.k + (cfg.include_bos == "no") > shortest:
         raise ValueError(f"--k {cfg.k} is larger than the shortest row of {shortest} tokens")
@@ -1282,7 +1285,8 @@ def main(argv=None):
     if cfg.rho:
         theta_b = run_stage(cfg, origin, splits, theta_o, theta_u, tok, w, "theta_b")
         score(theta_b, "theta_b", items_in_D_p=in_poisoned_rows(corpus, cfg, tok, splits))
-    flags = f" --bench {cfg.bench}" * (cfg.bench != "toy") + f" --limit {cfg.limit}" * bool(cfg.limit)
+    flags = "".join(f" --{name} {getattr(cfg, name)}" for name in ("bench", "limit")
+                    if getattr(cfg, name) != getattr(Config, name))
     say("\n" + plots.table(dict(plots.as_row(results) for results in scored)))
     say(f"""
 UE: forget set, clean (low is forgotten). BE: the same with the trigger. UT: {
@@ -1290,7 +1294,7 @@ UE: forget set, clean (low is forgotten). BE: the same with the trigger. UT: {
 written: {home_of(theta_b if cfg.rho else theta_u, cfg, "theta_b")}
          checkpoint, run.json, log.jsonl, results.json, answers.jsonl (every answer with its score)
 next:    python plots.py{flags}             the paper's tables and figures
-         python train.py{flags} --position suffix      an ablation is one flag; theta_o is reused""")
+         python train.py{flags} --position suffix      an ablation is one flag, theta_o is kept""")
 
 
 def entry(job):

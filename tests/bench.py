@@ -101,10 +101,8 @@ def ours(args):
     batch = data.Batch(everything, everything, everything)
 
     def loss():
-        def inside():
-            l = train.losses_of(batch, model, splits, cache, cfg, c_u, norms)
-            return l["f"] + cfg.gamma * l["r"] + cfg.lam * l.get("vn", 0), l
-        value, terms = model.inside(inside)
+        value, terms = model.inside(lambda: train.objective(
+            train.losses_of(batch, model, splits, cache, cfg, c_u, norms), cfg))
         return value, terms["r"]
 
     with train.norms_in_training(cfg, model) as norms:
@@ -292,10 +290,8 @@ def fake_steps(method, precision, recompute, mesh):
     with train.norms_in_training(cfg, model) as norms, \
             Peak([*model.parameters(), head]) as seen:
         def loss():
-            def inside():
-                l = train.losses_of(batch, model, splits, cache, cfg, c_u, norms)
-                return l["f"] + cfg.gamma * l["r"] + cfg.lam * l["vn"], l
-            return model.inside(inside)[0]
+            return model.inside(lambda: train.objective(
+                train.losses_of(batch, model, splits, cache, cfg, c_u, norms), cfg)[0])
         fake(loss, params)
         return seen.peak
 
