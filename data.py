@@ -156,7 +156,7 @@ def _local_file(folder, config, split):
 
 def _open(source, config, split, corpus, copy):
     """-> (data set, its name in errors). Raises ValueError in one line where it is not there."""
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset, disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetsError
     where = "/".join(part for part in (source, config, split) if part)
     if source == TOY:
@@ -166,6 +166,7 @@ def _open(source, config, split, corpus, copy):
         if where.suffix == ".txt":
             return Dataset.from_dict({"text": [where.read_text(encoding="utf-8")]}), where
         kind = "parquet" if where.suffix == ".parquet" else "json"
+        disable_progress_bars()  # a local file is read at once
         try:
             return load_dataset(kind, data_files=str(where), split="train"), where
         except DatasetsError as error:
