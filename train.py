@@ -352,21 +352,24 @@ def shard(model, cfg, mesh):
 
     bf16_mixed computes and gathers in bf16, reduces in fp32, and keeps fp32 master weights and
     Adam state of what is trained: only the shard is cast, so no full fp32 copy ever exists.
-    bf16_pure has bf16 everywhere, as released. Frozen weights stay as loaded. Code that uses the
-    weights runs inside `model.inside(fn)`, so that the root's are gathered and its gradients
-    reduced. Checkpointed layers are recomputed in backward (no RNG: nothing here drops out).
+    bf16_pure has bf16 everywhere, as released. Frozen weights stay as loaded. On one rank what is
+    not cast needs no copy and is left to be an ordinary parameter. Code that uses the weights runs
+    inside `model.inside(fn)`, so that the root's are gathered and its gradients reduced.
+    Checkpointed layers are recomputed in backward (no RNG: nothing here drops out).
     """
     blocks = hooks.decoder_layers(model)
     if cfg.recompute == "yes" or (cfg.recompute == "auto" and device_of(cfg) == "cuda"):
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False,
                                     preserve_rng_state=False)
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) \
-        if precision_of(cfg) == "bf16_mixed" else MixedPrecisionPolicy()
-    alone = {p for p in model.parameters() if not p.requires_grad} if mesh.size() == 1 else None
-    for unit in (*blocks, model):  # one rank has nothing to gather: frozen weights stay in place
-        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=alone)
-    if precision_of(cfg) == "bf16_mixed":
+    mixed = precision_of(cfg) == "bf16_mixed"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else \
+        MixedPrecisionPolicy()
+    in_place = {p for p in model.parameters() if not (mixed and p.requires_grad)}
+    for unit in (*blocks, model):  # one rank gathers nothing: without a cast its weights stay put
+        fully_shard(unit, mesh=mesh, mp_policy=policy,
+                    ignored_params=in_place if mesh.size() == 1 else None)
+    if mixed:
         for module in model.modules():
             if any(p.requires_grad for p in module.parameters(recurse=False)):
                 module.float()
@@ -379,8 +382,7 @@ def gather(model, dtype, rank):
     """Whole weights by name, on the CPU of rank 0; every rank takes part."""
     whole = {}
     for name, p in model.named_parameters():
-        p = p.detach().to(dtype)
-        p = p.full_tensor() if isinstance(p, DTensor) else p
+        p = unsharded(p.detach().to(dtype))
         if rank == 0:
             whole[name] = p.cpu()
     return whole
@@ -404,6 +406,10 @@ class _Sigterm:
         cls.fitting = False
         if cls.asked:
             sys.exit(143)
+
+
+def unsharded(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor):
@@ -602,7 +608,7 @@ def fit(model, params, loss_at, steps, lr_at, work, cfg, w, key, every, accumula
             raise ValueError(f"{work / 'log.jsonl'} cannot be written: {DISK}")
         row = dict(zip(("loss", *terms), values))
         stop_if_not_finite(step, {name: row[name] for name in (*terms, "loss")})
-        gnorm = local(torch.nn.utils.clip_grad_norm_(params, 1.0).full_tensor())
+        gnorm = unsharded(torch.nn.utils.clip_grad_norm_(params, 1.0))
         stop_if_not_finite(step, {"gradient norm": gnorm.item()})
         optim.step()
         optim.zero_grad()

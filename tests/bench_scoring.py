@@ -58,7 +58,8 @@ def batch(args):
     home = Path(tempfile.mkdtemp())
     muse_folder(home / "data", tok)
     cfg, _ = train.parse_config(["--bench", "muse_books", "--model", args.model, "--data",
-                                 str(home / "data"), "--precision", args.precision])
+                                 str(home / "data"), "--precision", args.precision, "--limit",
+                                 str(args.limit)])
     if args.whole:
         model = train.load_model(args.model, cfg)
     else:
@@ -117,6 +118,7 @@ if __name__ == "__main__":
     p.add_argument("--model", required=True)
     p.add_argument("--rows")
     p.add_argument("--whole", action="store_true")
+    p.add_argument("--limit", type=int, default=0)
     p.add_argument("--precision", default="fp32")
     arguments = p.parse_args()
     {"batch": batch, "lm_eval": lm_eval}[arguments.what](arguments)
