@@ -40,8 +40,7 @@ class _HeadMean(torch.autograd.Function):
     def forward(ctx, fn, chunk, h, head, weight, *rest):
         wanted = [i for i, t in ((2, h), (3, head)) if ctx.needs_input_grad[i]]
         dh = torch.empty_like(h) if 2 in wanted else None
-        dhead = torch.zeros_like(head, dtype=torch.float32) if 3 in wanted else None
-        total = 0.0
+        dhead, total = None, 0.0
         for at in range(0, len(h), chunk):
             part = slice(at, at + chunk)
             with torch.enable_grad():
@@ -50,19 +49,19 @@ class _HeadMean(torch.autograd.Function):
             total = total + loss.detach()
             if wanted:
                 *grads, = torch.autograd.grad(loss, [(x, w)[i - 2] for i in wanted])
-                if 3 in wanted:
-                    dhead += grads.pop()
+                if 3 in wanted:  # (V, C), as large as the head: as few copies of it as can be
+                    dw = grads.pop().float()
+                    dhead = dw if dhead is None else dhead.add_(dw)
                 if 2 in wanted:
                     dh[part] = grads.pop()
-        ctx.save_for_backward(dh, None if dhead is None else dhead.to(head.dtype))
+        ctx.grads = dh, None if dhead is None else dhead.to(head.dtype)
         return total
 
     @staticmethod
     def backward(ctx, g):
-        dh, dhead = ctx.saved_tensors
-        return (None, None, None if dh is None else dh * g.to(dh.dtype),
-                None if dhead is None else dhead * g.to(dhead.dtype), None,
-                *[None] * (len(ctx.needs_input_grad) - 5))
+        dh, dhead = (None if t is None else t.mul_(g.to(t.dtype)) for t in ctx.grads)
+        ctx.grads = None  # they are scaled in place, once
+        return None, None, dh, dhead, None, *[None] * (len(ctx.needs_input_grad) - 5)
 
 
 def head_mean(fn, h, head, weight, *rest, chunk=CHUNK):
