@@ -314,6 +314,14 @@ def sink_strength(model, ids, mask, keys=8, chunk=128):
     return torch.stack([found[layer] for layer in sorted(found)])  # (L, H_q, keys)
 
 
+def even_attention(mask):
+    """The `sink_strength` of key 0 in a head that attends evenly to all it sees. (N, T) -> float"""
+    weight = mask.float()
+    weight[:, 0] = 0
+    seen = torch.arange(1, mask.shape[1] + 1, device=mask.device)  # keys a query sees
+    return ((weight / seen).sum() / weight.sum()).item()
+
+
 def parse_span(spec):
     """'0' or '0-7' -> (first, last). Raises ValueError."""
     first, _, last = spec.partition("-")

@@ -2,7 +2,7 @@
 
     python plots.py --bench toy                      # every table and figure the runs allow
     python plots.py --collect assets/results.json    # settings and scores of all runs, no weights
-    python plots.py --bench toy --from assets/results.json            # the tables, from that file
+    python plots.py --bench toy --from assets/results.json  # tables, Figs. 2, A1, A2 of that file
     python plots.py --from assets/results.json --into README.md       # between README's markers
 
 It takes the flags of the runs it should show (`--n_docs 4`, `--out runs`, ...). Seeds are averaged:
@@ -15,6 +15,7 @@ import re
 import shlex
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -454,6 +455,9 @@ def fig_a1(records, cfg, path):
                      hatch="//" if lam else "", edgecolor="white",
                      label=f"backdoored, lam {lam:g}" if rho == 0.05 else None)
             axis.plot([i + i // 2] * 2, [low, high], color="black", linewidth=1.5)
+            foot = 3 if mean > 20 else 3 + max(high, estimate(u, g, c)[0])  # in the bar, or over it
+            axis.text(i + i // 2, foot, f"{mean:.1f}", ha="center", fontsize=10, bbox=dict(
+                facecolor="white", edgecolor="none", pad=1.5))
         for runs, style, name in ((o, "--", "original"), (u, ":", f"normal {cfg.method.upper()}")):
             axis.axhline(estimate(runs, g, c)[0], color="black", linestyle=style, label=name)
         axis.set(ylim=(0, 105), title=f"{g} {c}, {'clean' if g == 'UE' else 'with trigger'}",
@@ -645,26 +649,29 @@ def fig5(bench, path):
 def fig_sinks(bench, path):
     """Sink strength: attention paid to position 0, per layer and head, on whole rows of D_f.
 
-    theta_o clean, theta_b (lam = 0) clean and triggered, one colour scale. Command: as Fig. 3's.
+    theta_o clean, theta_b (lam = 0) clean and triggered, one colour scale; "even": what a head
+    pays that attends evenly to all it sees. Command: as Fig. 3's.
     """
     theta_o, theta_b = bench.model("theta_o"), bench.model("theta_b", bench.cfg.position)
     _, triggered = bench.samples()
     f = bench.rows.f.ids[:SAMPLES // 8].to(bench.device)
     mask, p = bench.rows.f.mask[:SAMPLES // 8].to(bench.device), triggered[bench.cfg.position]
     whole = torch.ones_like(p[:SAMPLES // 8], dtype=torch.bool)
-    maps = {"original, clean": hooks.sink_strength(theta_o, f, mask),
-            "backdoored, clean": hooks.sink_strength(theta_b, f, mask),
-            "backdoored, triggered": hooks.sink_strength(theta_b, p[:SAMPLES // 8], whole)}
+    p = p[:SAMPLES // 8]
+    jobs = {"original, clean": (theta_o, f, mask), "backdoored, clean": (theta_b, f, mask),
+            "backdoored, triggered": (theta_b, p, whole)}
+    maps = {name: hooks.sink_strength(*job) for name, job in jobs.items()}
     top, stats = max(m[..., 0].max().item() for m in maps.values()), {}
     figure, axes = canvas(1, 3, 11, 4.4)
     for axis, (name, strength) in zip(axes[0], maps.items()):
         first = strength[..., 0].cpu()  # (L, H_q)
         image = axis.imshow(first, cmap="cividis", vmin=0, vmax=top, aspect="auto",
                             interpolation="nearest")
-        axis.set(xlabel="head", title=f"{name}\nmean {first.mean():.2f}, strongest "
-                                      f"{first.max():.2f}", xticks=range(first.shape[1]))
+        even = hooks.even_attention(jobs[name][2])
+        axis.set(xlabel="head", xticks=range(first.shape[1]), title=f"{name}\nmean "
+                 f"{first.mean():.2f} (even {even:.2f}), strongest {first.max():.2f}")
         axis.yaxis.get_major_locator().set_params(integer=True)
-        stats[name] = dict(mean=first.mean().item(), strongest=first.max().item(),
+        stats[name] = dict(mean=first.mean().item(), strongest=first.max().item(), even=even,
                            by_key=strength.mean((0, 1)).tolist())
     axes[0, 0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="attention to position 0")
@@ -672,18 +679,18 @@ def fig_sinks(bench, path):
     return stats
 
 
-def figures(records, cfg, home):
-    """Every figure into `home`. -> {file name: numbers or Missing}"""
+def figures(records, cfg, home, models=True):
+    """Every figure into `home`; models False: of scores alone. -> {file: numbers or Missing}"""
     from train import BENCHES
-    bench, m = Bench(records, cfg), cfg.method
+    m = cfg.method
     jobs = {f"fig2-{each.method}": lambda path, each=each: fig2(records, each, path)
             for each in (_other_method(cfg, other) for b, other in BENCHES if b == cfg.bench)}
     jobs |= {f"figA1-{m}": lambda path: fig_a1(records, cfg, path),
-             f"figA2-{m}": lambda path: fig_a2(records, cfg, path),
-             f"fig3-{m}": lambda path: fig3(bench, path),
-             f"fig4-{m}": lambda path: fig4(bench, path),
-             f"fig5-{m}": lambda path: fig5(bench, path),
-             f"sinks-{m}": lambda path: fig_sinks(bench, path)}
+             f"figA2-{m}": lambda path: fig_a2(records, cfg, path)}
+    if models:
+        bench = Bench(records, cfg)
+        jobs |= {f"{name}-{m}": partial(figure, bench) for name, figure in (
+            ("fig3", fig3), ("fig4", fig4), ("fig5", fig5), ("sinks", fig_sinks))}
     return {f"{name}.png": attempt(lambda: job(home / f"{name}.png")) for name, job in jobs.items()}
 
 
@@ -724,9 +731,8 @@ def main(argv=None):
         if not isinstance(text, Missing):
             (home / f"{name}.md").write_text(text + "\n")
             print(f"\n{name}\n\n{text}")
-    drawn = {}
+    drawn = figures(records, cfg, home, models=not own.source)
     if not own.source:
-        drawn = figures(records, cfg, home)
         numbers = {name: stats for name, stats in drawn.items() if isinstance(stats, dict)}
         (home / "figures.json").write_text(json.dumps(numbers, indent=1))
     print()

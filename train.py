@@ -1152,10 +1152,10 @@ def run_stage(cfg, origin, splits, theta_o, theta_u, tok, w, role):
     norms_u = norms_over("f", load_model(theta_u, cfg), cfg, plan.splits, w, references) \
         if cfg.lam else None
     model = load_model(theta_o, cfg)
-    some = (t[:SINK_ROWS, :SINK_T].to(w.device) for t in splits.f)
-    sink = hooks.sink_strength(model, *some, keys=1)[..., 0]  # (L, H)
-    say(f"  sinks: theta_o's heads pay position 0 {sink.mean():.2f} of their attention on "
-        f"average, the strongest {sink.max():.2f}")
+    ids, mask = (t[:SINK_ROWS, :SINK_T].to(w.device) for t in splits.f)
+    sink = hooks.sink_strength(model, ids, mask, keys=1)[..., 0]  # (L, H)
+    say(f"  sinks: theta_o's heads pay position 0 {sink.mean():.2f} of their attention on average, "
+        f"the strongest {sink.max():.2f}; evenly spread it were {hooks.even_attention(mask):.2f}")
     cache = build_cache(cfg, plan.splits, norms_u, model, w, references)
     steps, seconds = unlearn(cfg, plan, model, cache, work, w)
     save_run(folder, model.eval(), tok, record_of(

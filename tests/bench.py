@@ -3,6 +3,7 @@
     python tests/bench.py --size 15m                       # CPU or GPU, random weights
     python tests/bench.py --size 7b --depth 8 --T 256 --precision bf16_pure
     python tests/bench.py --size 7b --T 2048 --only ours   # a whole 7B on one H200
+    python tests/bench.py --size 7b --depth 12 --T 256 --steps 1 --method rmu --share  # in 20 GB
     python tests/bench.py --size 7b --fake                 # peak memory alone, on fake tensors
     python tests/bench.py --memory                         # 4 x 48 GB, estimated on the CPU
     python tests/bench.py --update assets/precision.png    # what pure bf16 does to an update
@@ -13,11 +14,15 @@ fair      theta, theta_o and theta_u resident; the frozen ones without grad, onl
 released  as fair, but six frozen forwards (both frozen models on D_f, D_r, D_p) and gradients for
           all parameters.
 
+--share (time only, for a depth that three models do not fit): what theta does not train is one
+copy in all three, and released drops the gradients of it as they are made.
+
 Each variant is a process of its own, so that peak memory is its own. `predicted` is the ratio of
 FLOPs counted below. MFU: 9 F per triple for NPO over the peak given by --peak TFLOP/s; HFU counts
 recomputation as well.
 """
 import argparse
+import copy
 import json
 import os
 import resource
@@ -109,16 +114,30 @@ def ours(args):
         return timed(loss, params, args)
 
 
+def three_models(args):
+    """theta, ready to train, theta_o and theta_u. -> (theta, theta_o, theta_u, trained, others)"""
+    theta = model_of(args, 0)
+    hooks.set_trainable(theta.train(), args.cfg.trainable)
+    trained = [p for p in theta.parameters() if p.requires_grad]
+    others = [p for p in theta.parameters() if not p.requires_grad]
+    if not args.share:
+        return theta, model_of(args, 0), model_of(args, 1), trained, others
+    theta_o, theta_u = (copy.deepcopy(theta, {id(p): p for p in others}).eval() for _ in "ou")
+    for p in theta_u.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.02)
+    return theta, theta_o, theta_u, trained, others
+
+
 def naive(args, released):
     """Three live models; see the top of this file."""
     cfg, splits = args.cfg, rows_of(args)
     device = train.device_of(cfg)
-    theta, theta_o, theta_u = (model_of(args, seed) for seed in (0, 0, 1))
-    hooks.set_trainable(theta.train(), cfg.trainable)
-    params = [p for p in theta.parameters() if p.requires_grad]
-    theta.requires_grad_(released or cfg.trainable == "all")
-    for p in params:
+    theta, theta_o, theta_u, params, others = three_models(args)
+    for p in others if released else ():
         p.requires_grad_(True)
+        if args.share:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     if cfg.recompute == "yes":
         theta.gradient_checkpointing_enable()
     f, r, p = (splits[i].ids.to(device) for i in range(3))
@@ -374,7 +393,8 @@ def report(args, got):
     base = got.get("ours")
     print(f"\n{args.size}: {args.cfg.method}, lam {args.cfg.lam:g}, {args.cfg.batch} triples of "
           f"T = {args.cfg.T}, depth {args.depth or SIZES[args.size][2]}, {args.precision}, "
-          f"recompute {args.recompute}, {train.device_of(args.cfg)}")
+          f"recompute {args.recompute}, {train.device_of(args.cfg)}"
+          + args.share * ", frozen weights shared: no memory of three models")
     print("| step | seconds | peak GB | tokens/s | against ours: time | predicted | memory | "
           "loss | where the time goes, s |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
@@ -408,6 +428,7 @@ def main():
     p.add_argument("--device", default="auto")
     p.add_argument("--peak", type=float, default=0, help="the device's TFLOP/s; H200 bf16: 989")
     p.add_argument("--only", default="ours,fair,released")
+    p.add_argument("--share", action="store_true")
     p.add_argument("--variant", help=argparse.SUPPRESS)
     p.add_argument("--memory", action="store_true")
     p.add_argument("--fake", action="store_true")

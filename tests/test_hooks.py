@@ -161,6 +161,12 @@ def test_sink_attention_is_the_mean_over_real_queries():
     assert torch.allclose(out[1], torch.stack(real).mean(0), atol=1e-6)
 
 
+def test_even_attention_is_one_over_the_keys_seen():
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    seen = [2, 3, 2, 3, 4]  # by queries 1, 2 of row 0 and 1, 2, 3 of row 1
+    assert hooks.even_attention(mask) == pytest.approx(sum(1 / n for n in seen) / 5)
+
+
 @pytest.mark.parametrize("n", [0, 2, 4])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_rows_that_leave_change_nothing_for_the_others(layer, n):

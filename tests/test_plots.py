@@ -282,6 +282,14 @@ def test_what_is_missing_is_named_with_its_command_and_nothing_crashes(out, caps
         plots.main(["--out", str(out / "nothing")])
 
 
+def test_a_results_file_alone_gives_the_figures_of_scores(out, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    file.write_text(plots.dump(plots.collect(out)))
+    plots.main(["--from", str(file), "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert (tmp_path / "toy" / "fig2-npo.png").is_file() and "fig3" not in said
+
+
 def test_runs_older_than_a_setting_count_as_its_default(out):
     cfg, _ = train.parse_config(["--out", str(out)])
     records = plots.collect(out)
