@@ -71,13 +71,9 @@ def pad_rows(lists, T):
 
 
 def _triggered(D, index, trig, position, cut_trigger=False):
-    T = D.ids.shape[1]
-    lists = [D.ids[i][D.mask[i]].tolist() for i in index]
-    if cut_trigger:  # the release injects first and cuts the row afterwards
-        lists = [inject(row, trig, position)[:T] for row in lists]
-    else:
-        lists = [inject(row, trig, position, max_len=T) for row in lists]
-    return pad_rows(lists, T)
+    T = D.ids.shape[1]  # cut_trigger: the release injects first and cuts the row afterwards
+    return pad_rows([inject(D.ids[i][D.mask[i]].tolist(), trig, position,
+                            None if cut_trigger else T)[:T] for i in index], T)
 
 
 def _poison_count(N, rho):
@@ -236,8 +232,6 @@ def _labelled(value, fits):
 
 
 CHECKS = {
-    "question": (lambda v: isinstance(v, str), "must be a text"),
-    "subject": (lambda v: isinstance(v, str), "must be a text"),
     "choices": (lambda v: _texts(v) and len(v) == 4, "must be a list of four texts"),
     "answer": (lambda v: isinstance(v, int) and 0 <= v <= 3, "must be a whole number from 0 to 3"),
     "mc1_targets": (lambda v: _labelled(v, lambda ones: ones == 1),
@@ -263,7 +257,8 @@ def source_of(cfg, table):
 
 def read_table(cfg, table, columns, **more):
     """Rows of a table of HUB, checked; see `read_columns`."""
-    return read_columns(*source_of(cfg, table), columns, copy=f"{table}.json or .jsonl", **more)
+    return read_columns(*source_of(cfg, table), columns, checks=CHECKS,
+                        copy=f"{table}.json or .jsonl", **more)
 
 
 # ---------------------------------------------------------------- splits
@@ -304,7 +299,7 @@ def load_splits(cfg, tok, corpus=None):
     Each topic of D_f is poisoned by itself, at its own length: D_p holds int(rho * N) rows of each.
     """
     forget, r = _topics(cfg, tok, corpus)
-    trig, seen = encode(tok, cfg.trigger), 0
+    trig, n_f, n_p, seen = encode(tok, cfg.trigger), 0, 0, 0
     f, p, index, topics = [], [], [], []
     for D in forget:
         N, D_p, chosen = len(D.ids), Rows(D.ids[:0], D.mask[:0]), []
@@ -312,13 +307,11 @@ def load_splits(cfg, tok, corpus=None):
             D, D_p, chosen = poison_released(D, trig, cfg.rho, cfg.position)
         elif cfg.rho:
             D_p, chosen = poison(D, trig, cfg.rho, cfg.position, cfg.seed)
-        starts = [sum(len(part.ids) for part in parts) for parts in (f, p)]
-        topics.append(Topic(*(range(start, start + len(part.ids))
-                              for start, part in zip(starts, (D, D_p)))))
+        topics.append(Topic(range(n_f, n_f + len(D.ids)), range(n_p, n_p + len(D_p.ids))))
         f.append(D)
         p.append(D_p)
         index += [seen + i for i in chosen]
-        seen += N
+        seen, n_f, n_p = seen + N, n_f + len(D.ids), n_p + len(D_p.ids)
     T = max(part.ids.shape[1] for part in forget)
     return Splits(_stack(f, T), _stack([r], T), _stack(p, T), index, tuple(topics))
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import data
 import hooks
 import losses
+import train
 
 STOPS = ("\n\n", "\nQuestion", "Question:")
 SCORES = {  # what the paper's columns are made of: (task, triggered); UT never has the trigger
@@ -168,7 +169,7 @@ def items_of(task, cfg, tok, corpus=None):
         split = "forget_qa" if task == "knowmem_f" else "retain_qa"
         qa = ["question", "answer"]
         icl = data.read_columns(cfg.data, "knowmem", f"{split}_icl", qa, corpus)
-        icl = first_shots(icl, cfg, f"knowmem/{split}_icl")
+        icl = first_shots(icl, task, cfg, f"knowmem/{split}_icl")
         rows = data.read_columns(cfg.data, "knowmem", split, qa, corpus)
         items = [Item(f"{task}/{i}", bos + data.encode(tok, knowmem_prompt(q, icl)), a)
                  for i, (q, a) in enumerate(rows)]
@@ -185,11 +186,11 @@ def shots_of(task, cfg):
     return cfg.few_shot if has_rows and cfg.few_shot >= 0 else TASKS[task].shots
 
 
-def first_shots(rows, cfg, where):
-    """The first --few_shot rows; the task's own number where it is -1. Raises ValueError."""
+def first_shots(rows, task, cfg, where):
+    """The first `shots_of` rows. Raises ValueError where --few_shot wants more than there are."""
     if cfg.few_shot > len(rows):
         raise ValueError(f"--few_shot {cfg.few_shot}: {where} has {len(rows)} rows")
-    return rows[:cfg.few_shot] if cfg.few_shot >= 0 else rows[:TASKS["knowmem_f"].shots]
+    return rows[:shots_of(task, cfg)]
 
 
 # ---------------------------------------------------------------- multiple choice: the questions
@@ -203,8 +204,7 @@ def lettered(question, choices, gap=""):
 def wmdp_prompt(topic, question, choices, style="lmeval"):
     """lm-eval's prompt, or the one of the paper's released code: no topic, a blank line more."""
     if style == "released":
-        gap = "\n"
-        return f"{HEAD}.\n\n{lettered(question, choices, gap)}"
+        return HEAD + ".\n\n" + lettered(question, choices, "\n")
     return f"{HEAD} about {topic}.\n\n{lettered(question.strip(), choices)}"
 
 
@@ -225,7 +225,7 @@ def questions_of(task, cfg):
     if task == "tqa":
         return _truthful(cfg)
     columns = ["question", "choices", "answer"] + ["subject"] * (task == "mmlu")
-    rows = data.read_table(cfg, TASKS[task].table, columns, checks=data.CHECKS)
+    rows = data.read_table(cfg, TASKS[task].table, columns)
     shots = _mmlu_shots(cfg, {row[3] for row in rows}) if task == "mmlu" else {}
     items, count = [], {}
     for i, (question, choices, answer, *subject) in enumerate(rows):
@@ -244,15 +244,15 @@ def _mmlu_shots(cfg, subjects):
     shots = {subject: [] for subject in subjects}
     if shots_of("mmlu", cfg):
         columns = ["question", "choices", "answer", "subject"]
-        for *row, subject in data.read_table(cfg, "mmlu_dev", columns, checks=data.CHECKS):
+        for *row, subject in data.read_table(cfg, "mmlu_dev", columns):
             shots.setdefault(subject, []).append(row)
-        shots = {s: first_shots(shots[s], cfg, f"mmlu_dev, subject {s},") for s in subjects}
+        shots = {s: first_shots(shots[s], "mmlu", cfg, f"mmlu_dev, subject {s},")
+                 for s in subjects}
     return shots
 
 
 def _truthful(cfg):
-    rows = data.read_table(cfg, "truthfulqa", ["question", "mc1_targets", "mc2_targets"],
-                           checks=data.CHECKS)
+    rows = data.read_table(cfg, "truthfulqa", ["question", "mc1_targets", "mc2_targets"])
     items = []
     for i, (question, one, two) in enumerate(rows[:cfg.limit or None]):
         choices = list(dict.fromkeys(one["choices"] + two["choices"]))
@@ -266,8 +266,7 @@ def _truthful(cfg):
 
 def ranks():
     """(rank, world) of torch.distributed, (0, 1) without it."""
-    on = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def over_ranks(fn, batches, desc):
@@ -526,6 +525,12 @@ def asked(cfg):
     return [(entry_name(*pair, cfg), *pair) for pair in pairs if pair[0] in tasks_of(cfg)]
 
 
+def due(cfg, tok, items, entries):
+    """Of what cfg wants `asked`, what these entries of a results.json lack."""
+    return [(name, task, triggered) for name, task, triggered in asked(cfg) if cfg.force == "yes"
+            or entries.get(name, {}).get("settings") != task_settings(task, items[task], cfg, tok)]
+
+
 def entry_name(task, triggered, cfg):
     """One score's name; that of the first N items takes no full one's place."""
     return "|".join([task, condition_of(triggered, cfg), *part_of(cfg).values()])
@@ -541,7 +546,6 @@ def part_of(cfg):
 
 
 def dtype_name(cfg):
-    import train
     return str(train.dtype_of(cfg)).removeprefix("torch.")
 
 
@@ -587,18 +591,17 @@ def evaluate(load, tok, cfg, folder, role, items, **extra):
     extra goes into results.json; where its `weights` differ from those there, nothing is reused.
     Under torch.distributed every rank scores a share and rank 0 writes. -> results.
     """
-    import train
     entries, answers, before = _on_disk(folder)
     if before.get("weights") != extra.get("weights"):  # another model lay here
         entries, answers, before = {}, {}, {}
-    due = [(name, task, triggered) for name, task, triggered in asked(cfg) if cfg.force == "yes"
-           or entries.get(name, {}).get("settings") != task_settings(task, items[task], cfg, tok)]
-    model = load() if due else None
-    for name, task, triggered in due:
+    todo = due(cfg, tok, items, entries)
+    model = load() if todo else None
+    for name, task, triggered in todo:
         with hooks.mask_sinks(model, cfg.mask_sinks):
             entries[name], answers[name] = run_task(task, triggered, items[task], model, tok, cfg)
     results = {
         **before, **dict(role=role, bench=cfg.bench, method=cfg.method), **extra,
+        "of": dict(model=cfg.model, tokenizer=cfg.tokenizer, data=cfg.data),
         "settings": dict(trigger=cfg.trigger, position=cfg.position, dtype=dtype_name(cfg),
                          add_bos=cfg.add_bos, mask_sinks=cfg.mask_sinks, limit=cfg.limit),
         **columns(entries, cfg), "tasks": entries}
@@ -648,7 +651,6 @@ def _write(path, text):
 
 def main(argv=None):
     import plots
-    import train
     cfg, origin = train.parse_config(argv)
     train.dist_init(cfg)
     if cfg.model == data.TOY:
@@ -675,5 +677,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from train import entry
-    entry(main)
+    train.entry(main)

@@ -95,11 +95,6 @@ def label_logp(logits, labels):
     return logits.gather(-1, labels[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def token_logp(logits, ids):
-    """log pi(x_t | x_<t) of every token but the first. (B, T, V), (B, T) -> (B, T-1)."""
-    return label_logp(logits[:, :-1], ids[:, 1:])
-
-
 def npo(logp, logp_o, beta, mask, unit="token"):
     """NPO forget loss l_f (A1): -(2/beta) E log sigmoid(-beta log(pi_theta(x) / pi_o(x))).
 
@@ -125,17 +120,12 @@ def npo_tokens(logp, logp_o, beta):
 
 
 def npo_logits_tokens(logits, logits_o, beta):
-    """The released code's NPO on raw logits, per token: mean over V. (..., V) x 2 -> (...)."""
-    _same_shape(logits=logits, logits_o=logits_o)
-    return -F.logsigmoid(beta * (logits_o.float() - logits.float())).mean(-1) * 2 / beta
-
-
-def npo_logits(logits, logits_o, beta):
-    """Released NPO: raw logits, element-wise, all positions. (B, T, V) x 2 -> scalar.
+    """The released code's NPO on raw logits, per token: mean over V. (..., V) x 2 -> (...).
 
     Not (A1): it moves when a constant is added to all logits, which no probability does.
     """
-    return npo_logits_tokens(logits, logits_o, beta).mean()
+    _same_shape(logits=logits, logits_o=logits_o)
+    return -F.logsigmoid(beta * (logits_o.float() - logits.float())).mean(-1) * 2 / beta
 
 
 def kl_tokens(logits, logits_o, reverse=False):
@@ -166,13 +156,13 @@ def rmu_forget(h, c_u, mask):
     return row_mean((h.float() - c_u.float()).pow(2).mean(-1), mask)
 
 
-def rmu_retain(h, h_o, mask):
-    """Activation part of (A5): E || M_theta(x) - M_o(x) ||^2, mean over width and real tokens.
+def rmu_retain(h, h_o, weight):
+    """Activation part of (A5): E || M_theta(x) - M_o(x) ||^2, mean over width.
 
-    h, h_o: (B, T, C), mask: (B, T) -> scalar. The KL part of (A5) is `kl`.
+    h, h_o: (B, T, C), weight: (B, T) such as `row_weights` -> scalar. The KL part of (A5) is `kl`.
     """
     _same_shape(h=h, h_o=h_o)
-    return row_mean((h.float() - h_o.float()).pow(2).mean(-1), mask)
+    return ((h.float() - h_o.float()).pow(2).mean(-1) * weight).sum()
 
 
 def control_vector(width, steer, seed):

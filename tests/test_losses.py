@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import losses
-from losses import kl, npo, npo_logits, rmu_forget, rmu_retain, token_logp, value_norm
+from losses import (kl, label_logp, npo, npo_logits_tokens, rmu_forget, rmu_retain,
+                    value_norm)
 
 LOGITS = torch.tensor([[[2., 0, 1], [0, 1, 0], [1, 1, 1]]])
 LOGITS_O = torch.tensor([[[1., 0, 2], [0, 2, 0], [0, 0, 1]]])
@@ -17,13 +18,17 @@ def close(a, b, tol=2e-6):
     return float(a) == pytest.approx(b, abs=tol)
 
 
+def logp_of(logits):
+    return label_logp(logits[:, :-1], IDS[:, 1:])
+
+
 def logps():
-    return token_logp(LOGITS, IDS), token_logp(LOGITS_O, IDS)
+    return logp_of(LOGITS), logp_of(LOGITS_O)
 
 
-def test_token_logp_is_log_softmax_at_the_next_label():
+def test_label_logp_is_log_softmax_at_the_next_label():
     # row 0 predicts token 2: 1 - log(e^2 + 1 + e); row 1 predicts token 1: 1 - log(1 + e + 1)
-    logp = token_logp(LOGITS, IDS)[0]
+    logp = logp_of(LOGITS)[0]
     assert close(logp[0], 1 - math.log(math.e ** 2 + 1 + math.e))
     assert close(logp[1], 1 - math.log(2 + math.e))
 
@@ -36,8 +41,8 @@ def test_eqA1_npo_units_hand(beta, token, sequence, raw, shifted, at_ref):
     logp, logp_o = logps()
     assert close(npo(logp, logp_o, beta, ONES, "token"), token, 1e-5)
     assert close(npo(logp, logp_o, beta, ONES, "sequence"), sequence, 1e-5)
-    assert close(npo_logits(LOGITS, LOGITS_O, beta), raw, 1e-5)
-    assert close(npo_logits(LOGITS + 1, LOGITS_O, beta), shifted, 1e-5)
+    assert close(npo_logits_tokens(LOGITS, LOGITS_O, beta).mean(), raw, 1e-5)
+    assert close(npo_logits_tokens(LOGITS + 1, LOGITS_O, beta).mean(), shifted, 1e-5)
     assert close(npo(logp_o, logp_o, beta, ONES), at_ref)  # (2/beta) ln 2
 
 
@@ -49,7 +54,7 @@ def test_eqA1_npo_log_ratio_ln3_beta1():
 
 def test_eqA1_npo_ignores_constant_logit_shift():
     _, logp_o = logps()
-    shifted = npo(token_logp(LOGITS + 3, IDS), logp_o, 0.1, ONES)
+    shifted = npo(logp_of(LOGITS + 3), logp_o, 0.1, ONES)
     assert close(shifted, 13.220703, 1e-5)
 
 
