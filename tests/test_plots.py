@@ -260,6 +260,30 @@ def test_readme_tables_are_those_of_the_committed_results():
         assert plots.fill(readme, json.loads(file.read_text())) == readme
 
 
+def test_without_l_vn_each_setting_is_shown_once(tmp_path):
+    write_run(tmp_path, ["--lam", "0"], (1, 2, 3, 4, 5))
+    cfg, _ = train.parse_config(["--lam", "0", "--out", str(tmp_path)])
+    text = plots.table_a4(plots.collect(tmp_path), cfg)
+    assert len(text.splitlines()) == 3 and text.endswith("| 47.6 / 70.6 |")  # the paper's, lam 0
+
+
+def test_theta_o_given_by_a_path_is_found_among_collected_runs(tmp_path):
+    cfg, _ = train.parse_config(["--bench", "muse_books", "--out", str(tmp_path), "--model", "."])
+    home = train.home_of("/elsewhere/books-7b", cfg, "theta_o")
+    home.mkdir(parents=True)
+    (home / "results.json").write_text(json.dumps(dict(
+        role="theta_o", bench="muse_books", method="npo", tasks={
+            f"{task}|{condition}": dict(score=1, n=1, ci95=[0, 1])
+            for task, condition in (("knowmem_f", "clean"), ("knowmem_f", TRIGGERED),
+                                    ("verbmem_f", "clean"), ("verbmem_f", TRIGGERED),
+                                    ("knowmem_r", "clean"))},
+        of=dict(model="/elsewhere/books-7b", tokenizer=cfg.tokenizer, data=cfg.data))))
+    same, other = (replace(cfg, model=name) for name in ("books-7b", "news-7b"))
+    records = plots.collect(tmp_path)
+    assert len(plots.runs_of(records, "theta_o", same)) == 1
+    assert not plots.runs_of(records, "theta_o", other)
+
+
 def test_answers_stand_side_by_side_and_no_foreign_text_is_collected(out):
     cfg, _ = train.parse_config(["--out", str(out)])
     text = plots.tables(plots.collect(out), cfg)["tableA2"]
@@ -351,6 +375,8 @@ def test_sweep_skips_finished_cells_lists_failed_ones_and_goes_on(tmp_path, monk
     assert ran[3:] == ["sequence"] and "3 cells, 2 finished before" in capsys.readouterr().out
     train.main([*argv, "--limit", "3"])  # scored on other items: not finished
     assert ran[4:] == ["token", "sequence", "logits"]
+    train.main([*argv, "--limit", "3", "--force"])  # score again what is finished
+    assert ran[7:] == ["token", "sequence", "logits"]
 
 
 def test_a_sweeps_cell_is_a_process_whose_last_line_tells_why_it_failed(tmp_path):
@@ -387,9 +413,11 @@ def test_theta_o_of_smol_is_the_given_model_fine_tuned(tmp_path, corpus, tok, on
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "quantised_source": "q8"}))
     cfg, origin = train.parse_config(["--bench", "smol", "--model", str(base), "--max_steps", "2",
-                                      "--n_docs", "4", "--out", str(tmp_path / "out")])
+                                      "--n_docs", "4", "--out", str(tmp_path / "out"),
+                                      "--position", "suffix"])
     folder = train.theta_o_of(cfg, origin, corpus, tok, one)
     run = json.loads((folder / "run.json").read_text())
+    assert run["settings"]["position"] == "prefix"  # theta_o knows of no attack
     assert run["base"] == dict(model=str(base), origin=dict(quantised_source="q8"))
     moved = train.load_model(folder, cfg).state_dict()
     steps = [(moved[name] - value).abs().max().item() for name, value in model.state_dict().items()]

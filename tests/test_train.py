@@ -1,6 +1,7 @@
 """Settings, cached references against live models, the pipeline, bad input."""
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -319,6 +320,30 @@ def test_theta_o_is_reused_only_when_it_is_the_same(finished, capsys):
     assert len(list(home.glob("theta_o*"))) == 2
 
 
+def test_a_stage_stands_only_while_its_theta_o_is_the_same(finished, tmp_path):
+    home, theta_o = finished[0], tmp_path / "theta_o"
+    shutil.copytree(home / "theta_o", theta_o)
+    assert [train.stands(folder, theta_o) for folder in home.glob("npo-theta_u*")].count(True) == 1
+    (theta_o / "model.safetensors").write_bytes(b"other weights")
+    assert not any(train.stands(folder, theta_o) for folder in home.glob("npo-theta_u*"))
+
+
+def test_what_comes_next_is_printed_with_the_users_flags(finished):
+    home, printed = finished
+    flags = f"--n_docs 4 --max_steps 2 --out {home.parent}"
+    assert f"python plots.py {flags}\n" in printed
+    assert f"python train.py {flags} --position suffix\n" in printed
+
+
+def test_only_what_is_asked_is_looked_for_in_the_poisoned_rows(corpus):
+    tok = data.toy_tokenizer(corpus)  # of full size, so that a page fits into T
+    cfg, _ = train.parse_config(["--n_docs", "4", "--rho", "0.5"])
+    splits = data.load_splits(cfg, tok, corpus)
+    both = train.in_poisoned_rows(corpus, cfg, tok, splits)
+    assert set(both) == {"KM", "VM"} and 0 < both["VM"] < 16
+    assert set(train.in_poisoned_rows(corpus, replace(cfg, tasks="knowmem"), tok, splits)) == {"KM"}
+
+
 # ---------------------------------------------------------------- bad input
 
 BAD = {
@@ -341,6 +366,7 @@ BAD = {
     "data folder missing": (["--data", "./no_such_data"], "./no_such_data"),
     "rho that poisons none": (["--rho", "0.01", "--n_docs", "4"], "poisons none"),
     "rho 0 with lam on": (["--rho", "0"], "--lam 0"),
+    "theta_u with nothing to train": (["--theta_u", ".", "--rho", "0", "--lam", "0"], "--theta_u"),
     "batch beyond D_f": (["--batch", "999"], "--batch"),
     "no such corpus size": (["--n_docs", "3"], "--n_docs"),
     "no such layer": (["--layers", "99"], "layer 99"),
