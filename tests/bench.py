@@ -452,7 +452,8 @@ def main():
         job = subprocess.run([sys.executable, *sys.argv, "--variant", variant], text=True,
                              capture_output=True, env=dict(os.environ, THP_MEM_ALLOC_ENABLE="1"))
         if job.returncode:
-            print(f"{variant}: {job.stderr.strip().splitlines()[-1]}")
+            why = job.stderr.strip().splitlines() or ["no word: killed for memory?"]
+            print(f"{variant}: exit {job.returncode}, {why[-1]}")
         else:
             got[variant] = json.loads(job.stdout.splitlines()[-1])
     report(args, got)
