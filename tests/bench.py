@@ -3,7 +3,7 @@
     python tests/bench.py --size 15m                       # CPU or GPU, random weights
     python tests/bench.py --size 7b --depth 8 --T 256 --precision bf16_pure
     python tests/bench.py --size 7b --T 2048 --only ours   # a whole 7B on one H200
-    python tests/bench.py --size 7b --depth 8 --T 256 --steps 1 --method rmu --share --only ours,fair
+    python tests/bench.py --size 7b --depth 8 --T 256 --method rmu --share --only ours,fair
     python tests/bench.py --size 7b --fake                 # peak memory alone, on fake tensors
     python tests/bench.py --memory                         # 4 x 48 GB, estimated on the CPU
     python tests/bench.py --update assets/precision.png    # what pure bf16 does to an update
