@@ -288,6 +288,7 @@ def dist_init(cfg):
         int(os.environ.get(name, default)) for name, default in
         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
          ("GROUP_RANK", 0)))
+    only_download_bars(local_rank)
     device = device_of(cfg)
     if device == "cuda":
         if local_size > torch.cuda.device_count():
@@ -300,6 +301,16 @@ def dist_init(cfg):
                                 timeout=timedelta(hours=2), **alone)
     return World(rank, size, local_rank, local_size, node, device,
                  init_device_mesh(device, (size,)))
+
+
+def only_download_bars(local_rank):
+    """transformers' bars for loading and writing go; the hub's for a download stay, once a node."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+    shown = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # the hub's as well
+    if shown and local_rank == 0:
+        enable_progress_bars()
 
 
 def say(*words):
@@ -486,8 +497,6 @@ def load_checkpoint(work, params, optim, key, w):
 def load_model(name, cfg):
     """A frozen model in eval mode on this rank's device. name: hub id or folder."""
     from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.utils import logging
-    logging.disable_progress_bar()
     gc.collect()  # a sharded model of the stage before keeps itself alive in cycles
     model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype_of(cfg)).to(device_of(cfg))
     c = model.config  # a checkpoint's sampling settings would refuse to be saved, and warn

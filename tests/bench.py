@@ -115,18 +115,28 @@ def ours(args):
 
 
 def three_models(args):
-    """theta, ready to train, theta_o and theta_u. -> (theta, theta_o, theta_u, trained, others)"""
+    """theta, ready to train, theta_o and theta_u. 
+    -> (theta, theta_o, theta_u, trained, {name: other})"""
     theta = model_of(args, 0)
     hooks.set_trainable(theta.train(), args.cfg.trainable)
     trained = [p for p in theta.parameters() if p.requires_grad]
-    others = [p for p in theta.parameters() if not p.requires_grad]
+    others = {name: p for name, p in theta.named_parameters() if not p.requires_grad}
     if not args.share:
         return theta, model_of(args, 0), model_of(args, 1), trained, others
-    theta_o, theta_u = (copy.deepcopy(theta, {id(p): p for p in others}).eval() for _ in "ou")
+    theta_o, theta_u = (copy.deepcopy(theta, {id(p): p for p in others.values()}).eval() for _ in "ou")
     for p in theta_u.parameters():
         if p.requires_grad:
             p.data.normal_(std=0.02)
     return theta, theta_o, theta_u, trained, others
+
+
+def droppable(weights):
+    """The same weights as leaves of one forward's graph, whose gradients go as they come. The
+    model's own would each wait for the backward of all three forwards. {name: tensor}"""
+    leaves = {name: p.detach().requires_grad_() for name, p in weights.items()}
+    for leaf in leaves.values():
+        leaf.register_post_accumulate_grad_hook(lambda leaf: setattr(leaf, "grad", None))
+    return leaves
 
 
 def naive(args, released):
@@ -134,19 +144,21 @@ def naive(args, released):
     cfg, splits = args.cfg, rows_of(args)
     device = train.device_of(cfg)
     theta, theta_o, theta_u, params, others = three_models(args)
-    for p in others if released else ():
+    for p in others.values() if released else ():
         p.requires_grad_(True)
-        if args.share:
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     if cfg.recompute == "yes":
         theta.gradient_checkpointing_enable()
     f, r, p = (splits[i].ids.to(device) for i in range(3))
     c_u = losses.control_vector(theta.config.hidden_size, cfg.steer, 0).to(device)
     mask = torch.ones_like(f, dtype=torch.bool)
 
+    def called(model, inputs):
+        fresh = droppable(others) if args.share and released and model is theta else {}
+        return torch.func.functional_call(model, fresh, (), inputs) if fresh else model(**inputs)
+
     def run(model, ids, logits=True):
         with hooks.capture_hidden(model, cfg.layer) as acts:
-            out = model(input_ids=ids, use_cache=False).logits if logits else \
+            out = called(model, dict(input_ids=ids, use_cache=False)).logits if logits else \
                 hooks.final_hidden(model, ids)
         return out, acts[cfg.layer], hooks.stack_norms(captured[model])
 
@@ -181,7 +193,8 @@ def naive(args, released):
 
 
 def timed(loss, params, args):
-    """Median seconds of whole steps after a first one; the losses at step 0; peak memory in GB."""
+    """Seconds of the fastest step after a first one (what else runs on a machine only adds); the
+    losses at step 0; peak memory in GB."""
     if args.fake:
         return fake(lambda: loss()[0], params)
     cuda = train.device_of(args.cfg) == "cuda"
@@ -207,8 +220,8 @@ def timed(loss, params, args):
         first = first or (value.item(), kl.item())
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    median = sorted(spent[1:], key=lambda parts: sum(parts.values()))[len(spent[1:]) // 2]
-    return dict(seconds=sum(median.values()), GB=peak, loss=first[0], l_r=first[1], parts=median)
+    best = min(spent[1:], key=lambda parts: sum(parts.values()))
+    return dict(seconds=sum(best.values()), GB=peak, loss=first[0], l_r=first[1], parts=best)
 
 
 # ---------------------------------------------------------------- FLOPs

@@ -45,6 +45,18 @@ def two_ranks(tmp_path_factory):
     return out
 
 
+def test_only_downloads_show_a_bar_and_only_on_one_rank(monkeypatch, tmp_path, capsys):
+    from huggingface_hub import utils
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    for local_rank, shown in ((0, True), (1, False)):
+        utils.enable_progress_bars()
+        train.only_download_bars(local_rank)
+        assert utils.are_progress_bars_disabled() != shown
+        tiny_model(seed=0).save_pretrained(tmp_path)
+        assert capsys.readouterr().err == ""
+    utils.enable_progress_bars()
+
+
 @pytest.mark.parametrize("method", ["npo", "rmu"])
 def test_two_ranks_equal_one(method, two_ranks, one, tmp_path):
     weights, rows = run(tmp_path / method, one, method)
