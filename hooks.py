@@ -100,10 +100,9 @@ def entering(model, layer, hidden):
 
 @contextmanager
 def _in_parts(blocks, shapes, n, keep):
-    """Inside, blocks work on rows of several lengths: one tensor of all tokens, cut up in each.
+    """Inside, blocks work on rows of several lengths, packed as one: only attention takes them apart.
 
-    Within each block and not by calling it twice, because FSDP frees a block's weights after the
-    first of two backwards through it.
+    Few tokens through a matrix of their own cost as much as reading its weights.
     """
     def pack(module, args):
         parts = [args[0][:n, :keep], args[0][n:]][-len(shapes):] if n < len(args[0]) else \
@@ -111,28 +110,35 @@ def _in_parts(blocks, shapes, n, keep):
         packed = torch.cat([part.flatten(0, 1)[None] for part in parts], 1)  # (1, tokens, C)
         return packed, *args[1:]
 
-    def parted(forward):
-        def run(packed, position_embeddings, **kwargs):
-            out = []
-            for part, shape in zip(packed[0].split([prod(shape) for shape in shapes]), shapes):
-                position = [t[:, :shape[1]] for t in position_embeddings]  # (1, T, d) each
-                got = forward(part.view(*shape, -1), position_embeddings=position,
-                              **{**kwargs, "attention_mask": None})
-                out.append((got[0] if isinstance(got, tuple) else got).flatten(0, 1)[None])
-            return torch.cat(out, 1)
-        return run
+    def name_parts(module, args, kwargs):  # and so a recomputation in backward knows them as well
+        return args, {**kwargs, "attention_mask": None, "parts": shapes}
 
-    before = [block.__dict__.get("forward") for block in blocks]
-    with _hooked(*(block.register_forward_pre_hook(pack) for block in blocks[:1])):
-        try:
-            for block in blocks:
-                block.forward = parted(block.forward)
-            yield
-        finally:
-            for block, forward in zip(blocks, before):
-                del block.forward  # what the class has shows again
-                if forward:
-                    block.forward = forward
+    for block in blocks:
+        _understand_parts(block.self_attn)
+    with _hooked(*(block.register_forward_pre_hook(pack) for block in blocks[:1]),
+                 *(block.register_forward_pre_hook(name_parts, with_kwargs=True)
+                   for block in blocks)):
+        yield
+
+
+def _understand_parts(attention):
+    """Teach a layer's attention `parts`, the shapes (B, T) of packed rows. Changes nothing else,
+    and stays, since a recomputation in backward runs after the forward's context has gone."""
+    if "forward" in vars(attention):
+        return
+    forward = attention.forward
+
+    def run(hidden_states, position_embeddings, parts=None, **kwargs):
+        if parts is None:
+            return forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
+        out = []
+        for part, shape in zip(hidden_states[0].split([prod(shape) for shape in parts]), parts):
+            position = [t[:, :shape[1]] for t in position_embeddings]  # (1, T, d) each
+            got = forward(part.view(*shape, -1), position_embeddings=position, **kwargs)[0]
+            out.append(got.flatten(0, 1)[None])
+        return torch.cat(out, 1), None
+
+    attention.forward = run
 
 
 def output_head(model):
