@@ -182,3 +182,13 @@ def test_rows_that_leave_change_nothing_for_the_others(layer, n):
     assert torch.allclose(acts_left[layer], acts[layer], atol=1e-6)
     assert torch.allclose(kept, h[n:] if n < 4 else h[:, :5], atol=1e-6)
     assert hook_count(model) == 0
+
+
+def test_sink_tokens_go_through_the_upper_matrices_with_the_other_rows():
+    model, ids, seen = tiny_model(), ids_of(), []
+    mlp = hooks.decoder_layers(model)[2].mlp.down_proj
+    handle = mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[:-1]))
+    hooks.hidden_leaving(model, ids, 0, 2, keep=5)
+    handle.remove()
+    B, T = ids.shape
+    assert seen == [(1, 2 * 5 + (B - 2) * T)]
