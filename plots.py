@@ -667,7 +667,7 @@ def fig_sinks(bench, path):
                             interpolation="nearest")
         even = hooks.even_attention(jobs[name][2])
         axis.set(xlabel="head", xticks=range(first.shape[1]), title=f"{name}\nmean "
-                 f"{first.mean():.2f} (even {even:.2f}), strongest {first.max():.2f}")
+                 f"{first.mean():.2f} (even {even:.2f})\nstrongest {first.max():.2f}")
         axis.yaxis.get_major_locator().set_params(integer=True)
         stats[name] = dict(mean=first.mean().item(), strongest=first.max().item(), even=even,
                            by_key=strength.mean((0, 1)).tolist())
