@@ -1,7 +1,7 @@
 """The only place that knows module names: value norms, hidden states, attention, trainable parts.
 
 Everything is a context manager that removes its hooks whatever happens, or a plain function built
-on one. Works for decoders that keep `<base>.layers[i].self_attn.v_proj` and `mlp.down_proj`: Llama,
+on one; what `hidden_leaving` teaches attention stays, and is idle without it. Works for decoders that keep `<base>.layers[i].self_attn.v_proj` and `mlp.down_proj`: Llama,
 Mistral, Qwen2, Qwen3 and their kin. Layers are 0-based; a layer that does not exist is an error.
 """
 import inspect
@@ -100,9 +100,10 @@ def entering(model, layer, hidden):
 
 @contextmanager
 def _in_parts(blocks, shapes, n, keep):
-    """Inside, blocks work on rows of several lengths, packed as one: only attention takes them apart.
+    """Inside, blocks work on rows of several lengths, packed; only attention takes them apart.
 
-    Few tokens through a matrix of their own cost as much as reading its weights.
+    Few tokens through a matrix of their own cost as much as reading its weights. And no block is
+    called twice, because FSDP frees its weights after the first of two backwards through it.
     """
     def pack(module, args):
         parts = [args[0][:n, :keep], args[0][n:]][-len(shapes):] if n < len(args[0]) else \

@@ -115,7 +115,7 @@ def ours(args):
 
 
 def three_models(args):
-    """theta, ready to train, theta_o and theta_u. 
+    """theta, ready to train, theta_o and theta_u.
     -> (theta, theta_o, theta_u, trained, {name: other})"""
     theta = model_of(args, 0)
     hooks.set_trainable(theta.train(), args.cfg.trainable)
@@ -123,7 +123,8 @@ def three_models(args):
     others = {name: p for name, p in theta.named_parameters() if not p.requires_grad}
     if not args.share:
         return theta, model_of(args, 0), model_of(args, 1), trained, others
-    theta_o, theta_u = (copy.deepcopy(theta, {id(p): p for p in others.values()}).eval() for _ in "ou")
+    theta_o, theta_u = (copy.deepcopy(theta, {id(p): p for p in others.values()}).eval()
+                        for _ in "ou")
     for p in theta_u.parameters():
         if p.requires_grad:
             p.data.normal_(std=0.02)
