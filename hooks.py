@@ -1,8 +1,9 @@
 """The only place that knows module names: value norms, hidden states, attention, trainable parts.
 
 Everything is a context manager that removes its hooks whatever happens, or a plain function built
-on one; what `hidden_leaving` teaches attention stays, and is idle without it. Works for decoders that keep `<base>.layers[i].self_attn.v_proj` and `mlp.down_proj`: Llama,
-Mistral, Qwen2, Qwen3 and their kin. Layers are 0-based; a layer that does not exist is an error.
+on one; what `hidden_leaving` teaches attention stays, and is idle without it. Works
+for decoders that keep `<base>.layers[i].self_attn.v_proj` and `mlp.down_proj`: Llama, Mistral,
+Qwen2, Qwen3 and their kin. Layers are 0-based; a layer that does not exist is an error.
 """
 import inspect
 from contextlib import contextmanager
