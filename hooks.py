@@ -1,12 +1,12 @@
 """The only place that knows module names: value norms, hidden states, attention, trainable parts.
 
 Everything is a context manager that removes its hooks whatever happens, or a plain function built
-on one; what `hidden_leaving` teaches attention stays, and is idle without it. Works
+on one; what `hidden_leaving` teaches transformers' sdpa stays, and is idle without it. Works
 for decoders that keep `<base>.layers[i].self_attn.v_proj` and `mlp.down_proj`: Llama, Mistral,
 Qwen2, Qwen3 and their kin. Layers are 0-based; a layer that does not exist is an error.
 """
 import inspect
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
 
 import torch
@@ -63,7 +63,7 @@ def hidden_leaving(model, ids, layer, n, keep=0):
     if n == B:
         keep = max(keep, 1)  # a layer must see something
     shapes = [shape for shape in ((n, keep), (B - n, T)) if prod(shape)] if len(upper) else [(B, T)]
-    with _in_parts(upper, shapes, n, keep):
+    with _packed(model, upper, shapes, n, keep) if len(upper) else nullcontext():
         h = final_hidden(model, ids)
     if not len(upper):
         return h[n:] if n < B else h[:, :keep]
@@ -100,47 +100,58 @@ def entering(model, layer, hidden):
 
 
 @contextmanager
-def _in_parts(blocks, shapes, n, keep):
+def _packed(model, blocks, shapes, n, keep):
     """Inside, blocks work on rows of several lengths, packed; only attention takes them apart.
 
     Few tokens through a matrix of their own cost as much as reading its weights. And no block is
     called twice, because FSDP frees its weights after the first of two backwards through it.
+    Raises ValueError for another attention than sdpa, which would look across the rows.
     """
-    def pack(module, args):
-        parts = [args[0][:n, :keep], args[0][n:]][-len(shapes):] if n < len(args[0]) else \
-            [args[0][:, :keep]]
-        packed = torch.cat([part.flatten(0, 1)[None] for part in parts], 1)  # (1, tokens, C)
-        return packed, *args[1:]
+    if model.config._attn_implementation != "sdpa":
+        raise ValueError(f"attention {model.config._attn_implementation!r}: rows of several "
+                         "lengths need 'sdpa'")
+    _teach_sdpa()
+    places = None
 
-    def name_parts(module, args, kwargs):  # and so a recomputation in backward knows them as well
-        return args, {**kwargs, "attention_mask": None, "parts": shapes}
+    def pack(block, args, kwargs):
+        nonlocal places
+        if block is blocks[0]:
+            hidden = args[0]
+            parts = [hidden[:n, :keep], hidden[n:]] if n < len(hidden) else [hidden[:, :keep]]
+            packed = torch.cat([part.flatten(0, 1) for part in parts])[None]  # (1, tokens, C)
+            args = packed, *args[1:]
+            places = tuple(torch.cat([t[:, :T].repeat(1, B, 1) for B, T in shapes], 1)
+                           for t in kwargs["position_embeddings"])  # (1, tokens, d) each
+        return args, {**kwargs, "attention_mask": None, "position_embeddings": places,
+                      "parts": shapes}  # in a block's arguments: recomputation knows them as well
 
-    for block in blocks:
-        _understand_parts(block.self_attn)
-    with _hooked(*(block.register_forward_pre_hook(pack) for block in blocks[:1]),
-                 *(block.register_forward_pre_hook(name_parts, with_kwargs=True)
-                   for block in blocks)):
+    with _hooked(*(block.register_forward_pre_hook(pack, with_kwargs=True) for block in blocks)):
         yield
 
 
-def _understand_parts(attention):
-    """Teach a layer's attention `parts`, the shapes (B, T) of packed rows. Changes nothing else,
-    and stays, since a recomputation in backward runs after the forward's context has gone."""
-    if "forward" in vars(attention):
+def _unpacked(x, shapes):
+    """(1, tokens, ...) -> the parts of these shapes, (B, T, ...) each."""
+    return [part.unflatten(0, shape) for part, shape in
+            zip(x[0].split([prod(shape) for shape in shapes]), shapes)]
+
+
+def _teach_sdpa():
+    """Teach transformers' sdpa `parts`, the shapes (B, T) of packed rows. Changes nothing else, and
+    stays, since a recomputation in backward runs after the forward's context has gone."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if hasattr(sdpa, "knows_parts"):
         return
-    forward = attention.forward
 
-    def run(hidden_states, position_embeddings, parts=None, **kwargs):
+    def attend(module, q, k, v, mask, parts=None, **kwargs):
         if parts is None:
-            return forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
-        out = []
-        for part, shape in zip(hidden_states[0].split([prod(shape) for shape in parts]), parts):
-            position = [t[:, :shape[1]] for t in position_embeddings]  # (1, T, d) each
-            got = forward(part.view(*shape, -1), position_embeddings=position, **kwargs)[0]
-            out.append(got.flatten(0, 1)[None])
-        return torch.cat(out, 1), None
+            return sdpa(module, q, k, v, mask, **kwargs)
+        out = [sdpa(module, *(t.transpose(1, 2) for t in qkv), None, **kwargs)[0].flatten(0, 1)
+               for qkv in zip(*(_unpacked(t.transpose(1, 2), parts) for t in (q, k, v)))]
+        return torch.cat(out)[None], None  # (1, tokens, H, d)
 
-    attention.forward = run
+    attend.knows_parts = True
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", attend)
 
 
 def output_head(model):
@@ -167,12 +178,13 @@ def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
 
     The first k positions, with position 0 unless include_bos is off; k=None takes every position.
     per_head=False gives the norm of the whole v_proj output as (B, k, 1), as the release does.
-    The norm is taken in the hook: a kept slice would pin all of [B, T, D]. A layer that takes its
-    rows in parts (`hidden_leaving`) appends one tensor for each. The dict holds the last forward.
+    The norm is taken in the hook: a kept slice would pin all of [B, T, D]. A layer that sees rows
+    of several lengths (`hidden_leaving`) appends one tensor for each. The dict holds the last forward.
     Recomputation in backward runs the hook of each layer again, so it must outlive the backward;
     what it gives then is not kept, or it would keep every recomputed layer alive.
     """
-    norms, H, whole = {}, model.config.num_key_value_heads if per_head else 1, False
+    norms, H = {}, model.config.num_key_value_heads if per_head else 1
+    whole, parts = False, None  # inside a whole forward; shapes of packed rows
     first = 0 if include_bos else 1
     stop = None if k is None else first + k
 
@@ -185,17 +197,23 @@ def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
         nonlocal whole
         whole = False
 
+    def note(attention, args, kwargs):
+        nonlocal parts
+        parts = kwargs.get("parts")
+
     def hook(layer):
-        def take(module, args, out):
-            v = out[:, first:stop]
-            norm = v.reshape(*v.shape[:2], H, -1).float().norm(dim=-1)  # (B, k, H)
-            if whole:
-                norms.setdefault(layer, []).append(norm)
+        def take(v_proj, args, out):
+            for v in _unpacked(out, parts) if parts else [out]:
+                v = v[:, first:stop]
+                norm = v.reshape(*v.shape[:2], H, -1).float().norm(dim=-1)  # (B, k, H)
+                if whole:
+                    norms.setdefault(layer, []).append(norm)
         return take
 
-    blocks, base = decoder_layers(model), model.base_model
+    base, attentions = model.base_model, {i: decoder_layers(model)[i].self_attn for i in layers}
     with _hooked(base.register_forward_pre_hook(begin), base.register_forward_hook(end),
-                 *(blocks[i].self_attn.v_proj.register_forward_hook(hook(i)) for i in layers)):
+                 *(a.register_forward_pre_hook(note, with_kwargs=True) for a in attentions.values()),
+                 *(a.v_proj.register_forward_hook(hook(i)) for i, a in attentions.items())):
         yield norms
 
 

@@ -14,8 +14,9 @@ fair      theta, theta_o and theta_u resident; the frozen ones without grad, onl
 released  as fair, but six frozen forwards (both frozen models on D_f, D_r, D_p) and gradients for
           all parameters.
 
---share (time only, for a depth that three models do not fit): what theta does not train is one
-copy in all three, and released drops the gradients of it as they are made.
+--share (time only, for what three models do not fit): what theta does not train is one copy in all
+three models and, but for the trained ones, in all layers: far larger than any cache, a layer is
+read from memory each time as its own copy would be. released drops these gradients as they come.
 
 Each variant is a process of its own, so that peak memory is its own. `predicted` is the ratio of
 FLOPs counted below. MFU: 9 F per triple for NPO over the peak given by --peak TFLOP/s; HFU counts
@@ -60,15 +61,32 @@ def model_of(args, seed):
     from transformers import LlamaConfig, LlamaForCausalLM
     width, mlp, layers, heads, vocab, T, _ = SIZES[args.size]
     torch.manual_seed(seed)
-    before = torch.get_default_dtype()
+    before, depth = torch.get_default_dtype(), args.depth or layers
     torch.set_default_dtype(train.dtype_of(args.cfg))
     with torch.device(train.device_of(args.cfg)):
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=vocab, hidden_size=width, intermediate_size=mlp,
-            num_hidden_layers=args.depth or layers, num_attention_heads=heads,
+            num_hidden_layers=1 if args.share else depth, num_attention_heads=heads,
             max_position_embeddings=4096, bos_token_id=0, eos_token_id=1))
+        if args.share:
+            deepen(model, depth, args.cfg.trainable)
     torch.set_default_dtype(before)
     return model.eval().requires_grad_(False)
+
+
+def deepen(model, depth, trainable):
+    """A model of one layer becomes one of `depth` layers, which share all weights but those that
+    train."""
+    blocks = model.model.layers
+    shared = {id(p): p for p in blocks[0].parameters()}
+    for i in range(1, depth):
+        blocks.append(copy.deepcopy(blocks[0], dict(shared)))
+        blocks[i].self_attn.layer_idx = i
+    model.config.num_hidden_layers = depth
+    layers, _, name = trainable.partition(" ")
+    for i in hooks.parse_layers(layers, depth):
+        part = blocks[i].get_submodule(name)
+        part.weight = torch.nn.Parameter(part.weight.detach().clone())
 
 
 def setting_of(args):
@@ -120,7 +138,8 @@ def three_models(args):
     theta = model_of(args, 0)
     hooks.set_trainable(theta.train(), args.cfg.trainable)
     trained = [p for p in theta.parameters() if p.requires_grad]
-    others = {name: p for name, p in theta.named_parameters() if not p.requires_grad}
+    others = {name: p for name, p in theta.named_parameters(remove_duplicate=False)
+              if not p.requires_grad}
     if not args.share:
         return theta, model_of(args, 0), model_of(args, 1), trained, others
     theta_o, theta_u = (copy.deepcopy(theta, {id(p): p for p in others.values()}).eval()
@@ -155,7 +174,8 @@ def naive(args, released):
 
     def called(model, inputs):
         fresh = droppable(others) if args.share and released and model is theta else {}
-        return torch.func.functional_call(model, fresh, (), inputs) if fresh else model(**inputs)
+        return torch.func.functional_call(model, fresh, (), inputs, tie_weights=False) if fresh \
+            else model(**inputs)
 
     def run(model, ids, logits=True):
         with hooks.capture_hidden(model, cfg.layer) as acts:
@@ -237,14 +257,14 @@ def flops(args, variant):
     head, npo, vn = 2 * width * vocab, cfg.method == "npo", cfg.lam > 0
     full = L * layer + head
     low = 0 if cfg.trainable == "all" else int(cfg.trainable.split("-")[0])
-    inner = (cfg.layer - low + 1) * (layer + down)  # backward of the layers that train, RMU
-    upper = (L - cfg.layer - 1) * layer
+    inner = (cfg.layer - low) * layer + (cfg.layer - low + 1) * down  # backward, RMU: no gradient
+    upper = (L - cfg.layer - 1) * layer                   # enters the lowest layer that trains
     if npo or variant == "released":
         own = 9 * full
     else:
         keep = 2 * (full + head + upper + inner)
-        own = keep + inner + ((cfg.layer + 1 - 3 * low) * layer if variant == "ours" else
-                              full + vn * upper)  # l_vn of whole forget rows reaches down to here
+        own = keep + inner + ((cfg.layer + 1 - 3 * low) * layer + vn * 2 * upper * cfg.k / cfg.T
+                              if variant == "ours" else full + vn * upper)  # l_vn of whole rows
     again = cfg.recompute == "yes"
     if variant == "ours":
         own += 2 * head  # theta_o's logits from its cached hidden states

@@ -169,9 +169,10 @@ def test_even_attention_is_one_over_the_keys_seen():
 
 @pytest.mark.parametrize("n", [0, 2, 4])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_rows_that_leave_change_nothing_for_the_others(layer, n):
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_rows_that_leave_change_nothing_for_the_others(kind, layer, n):
     # hidden states, activations and sink norms equal those of the whole forward
-    model, ids = tiny_model(), ids_of()
+    model, ids = tiny_model(kind), ids_of()
     with hooks.capture_norms(model, [0, 1, 2], 5) as whole, \
             hooks.capture_hidden(model, layer) as acts:
         h = hooks.final_hidden(model, ids)
@@ -186,9 +187,16 @@ def test_rows_that_leave_change_nothing_for_the_others(layer, n):
 
 def test_sink_tokens_go_through_the_upper_matrices_with_the_other_rows():
     model, ids, seen = tiny_model(), ids_of(), []
-    mlp = hooks.decoder_layers(model)[2].mlp.down_proj
-    handle = mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[:-1]))
+    block = hooks.decoder_layers(model)[2]
+    for part in (block.mlp.down_proj, block.self_attn.q_proj, block.self_attn.o_proj):
+        part.register_forward_hook(lambda module, args, out: seen.append(out.shape[:-1]))
     hooks.hidden_leaving(model, ids, 0, 2, keep=5)
-    handle.remove()
     B, T = ids.shape
-    assert seen == [(1, 2 * 5 + (B - 2) * T)]
+    assert seen == 3 * [(1, 2 * 5 + (B - 2) * T)]
+
+
+def test_packed_rows_are_refused_where_attention_would_look_across_them():
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="'eager'.*need 'sdpa'"):
+        hooks.hidden_leaving(model, ids_of(), 0, 2, keep=5)
