@@ -327,7 +327,7 @@ def fake_steps(method, precision, recompute, mesh):
     """-> peak bytes of two steps."""
     cfg, _ = train.parse_config(["--bench", "muse_books", "--method", method, "--device", "cpu",
                                  "--precision", precision, "--recompute", recompute])
-    model = model_of(argparse.Namespace(size="7b", depth=0, cfg=cfg), 0)
+    model = model_of(argparse.Namespace(size="7b", depth=0, share=False, cfg=cfg), 0)
     head = hooks.output_head(model).detach().clone()
     hooks.set_trainable(model, cfg.trainable)
     params = train.shard(model.train(), cfg, mesh)
