@@ -6,7 +6,7 @@ for decoders that keep `<base>.layers[i].self_attn.v_proj` and `mlp.down_proj`: 
 Qwen2, Qwen3 and their kin. Layers are 0-based; a layer that does not exist is an error.
 """
 import inspect
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from math import prod
 
 import torch
@@ -62,11 +62,12 @@ def hidden_leaving(model, ids, layer, n, keep=0):
     (B, T), upper = ids.shape, decoder_layers(model)[layer + 1:]
     if n == B:
         keep = max(keep, 1)  # a layer must see something
-    shapes = [shape for shape in ((n, keep), (B - n, T)) if prod(shape)] if len(upper) else [(B, T)]
-    with _packed(model, upper, shapes, n, keep) if len(upper) else nullcontext():
-        h = final_hidden(model, ids)
     if not len(upper):
+        h = final_hidden(model, ids)
         return h[n:] if n < B else h[:, :keep]
+    shapes = [shape for shape in ((n, keep), (B - n, T)) if prod(shape)]
+    with _packed(model, upper, shapes):
+        h = final_hidden(model, ids)
     rows, tokens = shapes[-1]
     return h[0, -rows * tokens:].view(rows, tokens, -1)
 
@@ -100,8 +101,10 @@ def entering(model, layer, hidden):
 
 
 @contextmanager
-def _packed(model, blocks, shapes, n, keep):
+def _packed(model, blocks, shapes):
     """Inside, blocks work on rows of several lengths, packed; only attention takes them apart.
+
+    shapes: (B, T) of each part; the last rows of what enters, part after part, are cut to them.
 
     Few tokens through a matrix of their own cost as much as reading its weights. And no block is
     called twice, because FSDP frees its weights after the first of two backwards through it.
@@ -116,10 +119,10 @@ def _packed(model, blocks, shapes, n, keep):
     def pack(block, args, kwargs):
         nonlocal places
         if block is blocks[0]:
-            hidden = args[0]
-            parts = [hidden[:n, :keep], hidden[n:]] if n < len(hidden) else [hidden[:, :keep]]
-            packed = torch.cat([part.flatten(0, 1) for part in parts])[None]  # (1, tokens, C)
-            args = packed, *args[1:]
+            sizes = [B for B, _ in shapes]
+            parts = args[0][-sum(sizes):].split(sizes)
+            packed = torch.cat([part[:, :T].flatten(0, 1) for part, (_, T) in zip(parts, shapes)])
+            args = packed[None], *args[1:]  # (1, tokens, C)
             places = tuple(torch.cat([t[:, :T].repeat(1, B, 1) for B, T in shapes], 1)
                            for t in kwargs["position_embeddings"])  # (1, tokens, d) each
         return args, {**kwargs, "attention_mask": None, "position_embeddings": places,
@@ -179,9 +182,9 @@ def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
     The first k positions, with position 0 unless include_bos is off; k=None takes every position.
     per_head=False gives the norm of the whole v_proj output as (B, k, 1), as the release does.
     The norm is taken in the hook: a kept slice would pin all of [B, T, D]. A layer that sees rows
-    of several lengths (`hidden_leaving`) appends one tensor for each. The dict holds the last forward.
-    Recomputation in backward runs the hook of each layer again, so it must outlive the backward;
-    what it gives then is not kept, or it would keep every recomputed layer alive.
+    of several lengths (`hidden_leaving`) appends one tensor for each. The dict holds the last
+    forward. Recomputation in backward runs the hook of each layer again, so it must outlive the
+    backward; what it gives then is not kept, or it would keep every recomputed layer alive.
     """
     norms, H = {}, model.config.num_key_value_heads if per_head else 1
     whole, parts = False, None  # inside a whole forward; shapes of packed rows
@@ -210,10 +213,13 @@ def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
                     norms.setdefault(layer, []).append(norm)
         return take
 
-    base, attentions = model.base_model, {i: decoder_layers(model)[i].self_attn for i in layers}
+    base, blocks = model.base_model, decoder_layers(model)
+    attentions = {i: blocks[i].self_attn for i in layers}
     with _hooked(base.register_forward_pre_hook(begin), base.register_forward_hook(end),
-                 *(a.register_forward_pre_hook(note, with_kwargs=True) for a in attentions.values()),
-                 *(a.v_proj.register_forward_hook(hook(i)) for i, a in attentions.items())):
+                 *(attention.register_forward_pre_hook(note, with_kwargs=True)
+                   for attention in attentions.values()),
+                 *(attention.v_proj.register_forward_hook(hook(i))
+                   for i, attention in attentions.items())):
         yield norms
 
 

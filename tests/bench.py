@@ -475,6 +475,8 @@ def main():
         return memory()
     if args.update:
         return update(args.update)
+    if args.share and args.method == "npo":
+        p.error("--share: NPO trains everything, so nothing can be shared; add --method rmu")
     args.cfg = setting_of(args)
     if args.variant:
         if args.fake:
