@@ -1288,7 +1288,7 @@ def main(argv=None):
     items = evaluate.all_items(cfg, tok, corpus)  # errors show before hours of training
     in_D_p = in_poisoned_rows(corpus, cfg, tok, splits)
     for name, value in asdict(cfg).items():
-        say(f"  {name:<15}{value!s:<28}{origin[name]}")
+        say(f"  {name:<17}{value!s:<28}{origin[name]}")
 
     scored = []
 
