@@ -1,384 +1,223 @@
-"""The only place that knows module names: value norms, hidden states, attention, trainable parts.
+"""The one place that knows module names: layers, value norms, attention, what trains. Not run.
 
-Everything is a context manager that removes its hooks whatever happens, or a plain function built
-on one; what `hidden_leaving` teaches transformers' sdpa stays, and is idle without it. Works
-for decoders that keep `<base>.layers[i].self_attn.v_proj` and `mlp.down_proj`: Llama, Mistral,
-Qwen2, Qwen3 and their kin. Layers are 0-based; a layer that does not exist is an error.
+For decoders that keep `<base>.layers[i].self_attn.v_proj` and add nothing between layers: Llama,
+Mistral, Qwen2, Qwen3 and their kin; `self_check` confirms it on the real weights. Layers are
+0-based. Value norms are ||v_i||_2 of (3) and (4), the output of v_proj at position i per KV head;
+the read-out M_theta of (A4) and (A5) is what leaves layer `--layer`.
 """
 import inspect
 from contextlib import contextmanager
-from math import prod
+from functools import partial
 
 import torch
 
+class Refused(Exception):
+    """Bad input: what was wrong and how to mend it, in one line. The scripts exit with 2."""
 
 def decoder_layers(model):
-    """The list of decoder layers. Raises ValueError for a model that is not Llama-like."""
+    """The decoder layers. Raises Refused for a model that is not Llama-like."""
     layers = getattr(model.base_model, "layers", None)
-    if layers is None or not hasattr(getattr(layers[-1], "self_attn", None), "v_proj"):
-        raise ValueError(f"{type(model).__name__} has no layers[i].self_attn.v_proj: "
-                         "use a Llama-, Mistral- or Qwen-type model")
+    if not all(hasattr(getattr(block, "self_attn", None), "v_proj") for block in layers or [None]):
+        raise Refused(f"model type {model.config.model_type} has no layers[i].self_attn.v_proj")
     return layers
 
-
-def parse_layers(spec, n):
-    """'all', '7' or '0,5-7' of n layers -> sorted indices. Raises ValueError for a missing one."""
-    if str(spec) == "all":
+def parse_layers(spec, n, what="layers"):
+    """'all', '7' or '0,5-7' of n -> sorted numbers. Raises Refused for one that is not there."""
+    if spec == "all":
         return list(range(n))
     picked = set()
-    for part in str(spec).split(","):
-        low, _, high = part.partition("-")
+    for word in str(spec).split(","):
+        low, _, high = word.partition("-")
         if not low.isdigit() or (high and not high.isdigit()):
-            raise ValueError(f"layers must look like all, 7 or 0,5-7, got {spec!r}")
+            raise Refused(f"{what} must look like 7 or 0,5-7, got {spec!r}")
         picked |= set(range(int(low), int(high or low) + 1))
     if not picked or max(picked) >= n:
-        raise ValueError(f"layer {max(picked, default=spec)} does not exist: "
-                         f"the model has layers 0 to {n - 1}")
+        raise Refused(f"{what} {spec}: there are 0 to {n - 1}")
     return sorted(picked)
 
+def layers_of(model, spec):
+    return parse_layers(spec, len(decoder_layers(model)))
 
-def cache_name(model):
-    """What a forward calls its KV cache: `cache` since transformers 5.24."""
-    known = inspect.signature(model.base_model.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
+def set_trainable(model, spec):
+    """Train 'all', or only what is named like '5-7 mlp.down_proj' (C.2). -> the layers that train.
 
+    By name, never by index: the paper's "6th parameter" of a layer is mlp.down_proj.
+    """
+    model.requires_grad_(spec == "all")
+    layers, _, prefix = spec.partition(" ")
+    picked = [p for i in layers_of(model, layers) for name, p in
+              decoder_layers(model)[i].named_parameters() if prefix and name.startswith(prefix)]
+    if not picked and spec != "all":
+        raise Refused(f"--trainable must be all or like '5-7 mlp.down_proj', got {spec!r}")
+    for p in picked:
+        p.requires_grad_(True)
+    return layers_of(model, layers)
+
+def first_trained(model):
+    """The lowest layer of which something trains."""
+    return next(i for i, layer in enumerate(decoder_layers(model))
+                if any(p.requires_grad for p in layer.parameters()))
+
+# ---------------------------------------------------------------- forwards
 
 def final_hidden(model, ids):
-    """Hidden states after the final norm, what the output head reads. (B, T) -> (B, T, C).
+    """What the output head reads. (B, T) -> (B, T, C)
 
-    No attention mask is passed: rows are padded on the right, which a causal model never looks at,
-    and sdpa then needs no T x T mask.
+    No attention mask: rows are padded on the right, which a causal model never looks at.
     """
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
+def embed(model, ids):
+    return model.get_input_embeddings()(ids)  # (B, T, C)
 
-def hidden_leaving(model, ids, layer, n, keep=0):
-    """`final_hidden` of the rows from n on; the first n rows end after decoder layer `layer`.
+def run_layers(model, h, start, stop):
+    """Decoder layers start..stop-1, so that RMU can leave rows out of them. (B, T, C) -> same"""
+    position_ids = torch.arange(h.shape[1], device=h.device)[None]
+    rotary = model.base_model.rotary_emb(h, position_ids)
+    for layer in decoder_layers(model)[start:stop]:
+        h = layer(h, attention_mask=None, position_ids=position_ids, position_embeddings=rotary)
+        h = h[0] if isinstance(h, tuple) else h
+    return h
 
-    Of those n rows only the first `keep` tokens go on through the layers above: by causality sink
-    norms there need no more. (B, T) -> (B - n, T, C); with n = B what is left, (B, keep, C).
-    RMU's losses on D_f need nothing above the read-out layer.
-    """
-    (B, T), upper = ids.shape, decoder_layers(model)[layer + 1:]
-    if n == B:
-        keep = max(keep, 1)  # a layer must see something
-    if not len(upper):
-        h = final_hidden(model, ids)
-        return h[n:] if n < B else h[:, :keep]
-    shapes = [shape for shape in ((n, keep), (B - n, T)) if prod(shape)]
-    with _packed(model, upper, shapes):
-        h = final_hidden(model, ids)
-    rows, tokens = shapes[-1]
-    return h[0, -rows * tokens:].view(rows, tokens, -1)
-
-
-class _Given(torch.nn.Module):
-    """Stands for a decoder layer whose output is known."""
-
-    def __init__(self, hidden):
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, *_, **__):
-        return self.hidden
-
-
-@contextmanager
-def entering(model, layer, hidden):
-    """Inside, a forward begins at decoder layer `layer` with these hidden states. (B, T, C)
-
-    For layers that nothing below trains: what enters them is a function of the row alone.
-    """
-    blocks = decoder_layers(model)
-    below = list(blocks[:layer])
-    for i in range(layer):
-        blocks[i] = _Given(hidden)
-    try:
-        yield
-    finally:
-        for i, block in enumerate(below):
-            blocks[i] = block
-
-
-@contextmanager
-def _packed(model, blocks, shapes):
-    """Inside, blocks work on rows of several lengths, packed; only attention takes them apart.
-
-    shapes: (B, T) of each part; the last rows of what enters, part after part, are cut to them.
-
-    Few tokens through a matrix of their own cost as much as reading its weights. And no block is
-    called twice, because FSDP frees its weights after the first of two backwards through it.
-    Raises ValueError for another attention than sdpa, which would look across the rows.
-    """
-    if model.config._attn_implementation != "sdpa":
-        raise ValueError(f"attention {model.config._attn_implementation!r}: rows of several "
-                         "lengths need 'sdpa'")
-    _teach_sdpa()
-    places = None
-
-    def pack(block, args, kwargs):
-        nonlocal places
-        if block is blocks[0]:
-            sizes = [B for B, _ in shapes]
-            parts = args[0][-sum(sizes):].split(sizes)
-            packed = torch.cat([part[:, :T].flatten(0, 1) for part, (_, T) in zip(parts, shapes)])
-            args = packed[None], *args[1:]  # (1, tokens, C)
-            places = tuple(torch.cat([t[:, :T].repeat(1, B, 1) for B, T in shapes], 1)
-                           for t in kwargs["position_embeddings"])  # (1, tokens, d) each
-        return args, {**kwargs, "attention_mask": None, "position_embeddings": places,
-                      "parts": shapes}  # in a block's arguments: recomputation knows them as well
-
-    with _hooked(*(block.register_forward_pre_hook(pack, with_kwargs=True) for block in blocks)):
-        yield
-
-
-def _unpacked(x, shapes):
-    """(1, tokens, ...) -> the parts of these shapes, (B, T, ...) each."""
-    return [part.unflatten(0, shape) for part, shape in
-            zip(x[0].split([prod(shape) for shape in shapes]), shapes)]
-
-
-def _teach_sdpa():
-    """Teach transformers' sdpa `parts`, the shapes (B, T) of packed rows. Changes nothing else, and
-    stays, since a recomputation in backward runs after the forward's context has gone."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if hasattr(sdpa, "knows_parts"):
-        return
-
-    def attend(module, q, k, v, mask, parts=None, **kwargs):
-        if parts is None:
-            return sdpa(module, q, k, v, mask, **kwargs)
-        out = [sdpa(module, *(t.transpose(1, 2) for t in qkv), None, **kwargs)[0].flatten(0, 1)
-               for qkv in zip(*(_unpacked(t.transpose(1, 2), parts) for t in (q, k, v)))]
-        return torch.cat(out)[None], None  # (1, tokens, H, d)
-
-    attend.knows_parts = True
-    ALL_ATTENTION_FUNCTIONS.register("sdpa", attend)
-
+def final_norm(model, h):
+    return model.base_model.norm(h)
 
 def output_head(model):
-    """Weight of the output head, (V, C). Raises ValueError if the head has a bias."""
+    """Weight of the output head, (V, C). Raises Refused for a head with a bias."""
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
-        raise ValueError(f"{type(model).__name__} has a biased output head: not supported")
+        raise Refused(f"model type {model.config.model_type}: its output head has a bias")
     return head.weight
 
+@torch.no_grad()
+def self_check(model, ids, tokens, layerwise):
+    """Is this model what the code above takes it for? Raises Refused, before anything is trained.
 
-@contextmanager
-def _hooked(*handles):
-    """Removes the hooks of these handles at the end, whatever happens."""
-    try:
-        yield
-    finally:
-        for handle in handles:
+    ids: (1, T), a real row; tokens: how many the tokenizer knows. Logits are final_hidden @ head.T
+    (not so: scaled, capped, NaN), first tokens know nothing of later ones (not so: `rope_type:
+    dynamic`); layerwise: `run_layers` gives the model's forward (not so: a sliding window shorter
+    than T, scaled residuals or embeddings, parallel blocks, mixed kinds of layers).
+    """
+    kind, vocab = model.config.model_type, model.get_input_embeddings().num_embeddings
+    if tokens > vocab:
+        raise Refused(f"the tokenizer has {tokens} ids, the model only {vocab}: pass --tokenizer")
+    short = final_hidden(model, ids[:, :ids.shape[1] // 2 + 1])  # first: no longer row was seen yet
+    logits, h = model(input_ids=ids, use_cache=False).logits, final_hidden(model, ids)
+    checks = {"logits are not final hidden states x head": (h @ output_head(model).T, logits),
+              "first tokens depend on later ones": (short, h[:, :short.shape[1]])}
+    if layerwise:
+        try:
+            ours = run_layers(model, embed(model, ids), 0, len(decoder_layers(model)))
+            checks[f"run layer by layer on {ids.shape[1]} tokens it differs"] = (
+                final_norm(model, ours), h)
+        except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise Refused(f"model type {kind} cannot be run layer by layer: {error!r:.80}"
+                          ) from error
+    tolerance = 1e-4 if h.dtype == torch.float32 else 5e-2
+    for words, (ours, theirs) in checks.items():
+        if not (ours - theirs).float().norm() <= tolerance * theirs.float().norm():  # or NaN
+            raise Refused(f"model type {kind}, or damaged weights, not supported: {words}")
+
+# ---------------------------------------------------------------- value norms
+
+class capture_norms:
+    """||v_i||_2 of (3), (4) for i < k, per KV head and layer, of what runs from begin to stack.
+
+    A context of hooks, which must outlive a backward that recomputes layers: torch compares what is
+    saved then with what was saved before.
+    """
+
+    def __init__(self, model, layers, k):
+        self.k, self.heads = k, model.config.num_key_value_heads
+        self.found, self.open, self.handles = {i: [] for i in layers}, False, []
+        self.projections = {i: decoder_layers(model)[i].self_attn.v_proj for i in layers}
+
+    def __enter__(self):
+        self.handles = [v_proj.register_forward_hook(partial(self.take, i))
+                        for i, v_proj in self.projections.items()]
+        return self
+
+    def __exit__(self, *error):
+        for handle in self.handles:
             handle.remove()
 
+    def begin(self):
+        self.found, self.open = {i: [] for i in self.found}, True
 
-@contextmanager
-def capture_norms(model, layers, k=None, include_bos=True, per_head=True):
-    """Value norms ||v_i||_2 of the forwards run inside: {layer: [(B, k, H)]}, fp32 (eq. 3-4).
+    def take(self, layer, v_proj, args, v):
+        # the norm at once, since a slice would pin all of (B, T, D). Recomputation in backward
+        # does the same, but its norms are not kept: they would pin its whole layer
+        v = v[:, :self.k]
+        norm = v.reshape(*v.shape[:2], self.heads, -1).float().norm(dim=-1)  # (B, k, H)
+        if self.open:
+            self.found[layer].append(norm)
 
-    The first k positions, with position 0 unless include_bos is off; k=None takes every position.
-    per_head=False gives the norm of the whole v_proj output as (B, k, 1), as the release does.
-    The norm is taken in the hook: a kept slice would pin all of [B, T, D]. A layer that sees rows
-    of several lengths (`hidden_leaving`) appends one tensor for each. The dict holds the last
-    forward. Recomputation in backward runs the hook of each layer again, so it must outlive the
-    backward; what it gives then is not kept, or it would keep every recomputed layer alive.
-    """
-    norms, H = {}, model.config.num_key_value_heads if per_head else 1
-    whole, parts = False, None  # inside a whole forward; shapes of packed rows
-    first = 0 if include_bos else 1
-    stop = None if k is None else first + k
-
-    def begin(*_):
-        nonlocal whole
-        norms.clear()
-        whole = True
-
-    def end(*_):
-        nonlocal whole
-        whole = False
-
-    def note(attention, args, kwargs):
-        nonlocal parts
-        parts = kwargs.get("parts")
-
-    def hook(layer):
-        def take(v_proj, args, out):
-            for v in _unpacked(out, parts) if parts else [out]:
-                v = v[:, first:stop]
-                norm = v.reshape(*v.shape[:2], H, -1).float().norm(dim=-1)  # (B, k, H)
-                if whole:
-                    norms.setdefault(layer, []).append(norm)
-        return take
-
-    base, blocks = model.base_model, decoder_layers(model)
-    attentions = {i: blocks[i].self_attn for i in layers}
-    with _hooked(base.register_forward_pre_hook(begin), base.register_forward_hook(end),
-                 *(attention.register_forward_pre_hook(note, with_kwargs=True)
-                   for attention in attentions.values()),
-                 *(attention.v_proj.register_forward_hook(hook(i))
-                   for i, attention in attentions.items())):
-        yield norms
-
-
-@contextmanager
-def capture_hidden(model, layer):
-    """Output of decoder layer `layer`, before any final norm: {layer: (B, T, C)}."""
-    hidden, blocks = {}, decoder_layers(model)
-
-    def take(module, args, out):
-        hidden[layer] = out[0] if isinstance(out, tuple) else out
-
-    with _hooked(blocks[parse_layers(layer, len(blocks))[0]].register_forward_hook(take)):
-        yield hidden
-
-
-def stack_norms(norms):
-    """{layer: [(B, k, H)]} -> (B, L, k, H), layers in order."""
-    return torch.stack([torch.cat(norms[layer]) for layer in sorted(norms)], dim=1)
-
+    def stack(self):
+        """-> (B, L, k, H), rows in the order of the calls."""
+        self.open = False
+        return torch.stack([torch.cat(norms) for norms in self.found.values()], dim=1)
 
 @torch.no_grad()
-def sink_norms(model, ids, layers, k=None, include_bos=True, per_head=True):
-    """`capture_norms` of a frozen model, stacked. ids (N, T) -> (N, L, k, H).
+def sink_norms(model, ids, layers, k):
+    """Value norms of a frozen model. (B, T) -> (B, L, k, H). By causality k tokens are enough."""
+    with capture_norms(model, layers, k) as norms:
+        norms.begin()
+        final_hidden(model, ids[:, :k])
+        return norms.stack()
 
-    By causality the first k positions need a forward over those tokens only.
-    """
-    stop = None if k is None else k + (not include_bos)
-    with capture_norms(model, layers, k, include_bos, per_head) as norms:
-        final_hidden(model, ids[:, :stop])
-    return stack_norms(norms)
-
-
-def first_trained(spec, n):
-    """The lowest of n decoder layers of what `set_trainable` trains; 0 if everything."""
-    return 0 if spec == "all" else parse_layers(spec.partition(" ")[0], n)[0]
-
-
-def set_trainable(model, spec):
-    """Train everything ('all'), or only parts named '5-7 mlp.down_proj' (C.2). -> the parameters.
-
-    By name, never by index: the paper's "6th parameter" is mlp.down_proj.
-    """
-    if spec == "all":
-        model.requires_grad_(True)
-        return list(model.parameters())
-    (layers, _, name), blocks = spec.partition(" "), decoder_layers(model)
-    picked = [p for i in parse_layers(layers, len(blocks))
-              for key, p in blocks[i].named_parameters() if name and key.startswith(name)]
-    if not picked:
-        raise ValueError(f"trainable must be all or like '5-7 mlp.down_proj', got {spec!r}")
-    model.requires_grad_(False)
-    for p in picked:
-        p.requires_grad_(True)
-    return picked
-
-
-# ---------------------------------------------------------------- attention for the figures
+# ---------------------------------------------------------------- attention
 
 @torch.no_grad()
-def attention_map(model, ids, layer, batch=16):
-    """Attention of one layer, mean over heads and rows (Fig. 3). ids (N, L), no padding -> (L, L).
-
-    Eager attention holds every layer's (batch, H_q, L, L): for short rows only.
-    """
-    kind, total = model.config._attn_implementation, 0
+def attentions(model, ids, batch=16):
+    """Attention probabilities by the model's eager path, some rows at a time: (L, B, H_q, T, T)."""
+    kind = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        for part in ids.split(batch):
-            maps = model.base_model(input_ids=part, use_cache=False, output_attentions=True)
-            total = total + maps.attentions[layer].float().mean(1).sum(0)  # (L, L)
+        for rows in ids.split(batch):
+            out = model.base_model(input_ids=rows, use_cache=False, output_attentions=True)
+            yield torch.stack(out.attentions).float()
     finally:
         model.set_attn_implementation(kind)
-    return total / len(ids)
 
+def attention_map(model, ids, layer):
+    """Attention of one layer, mean over heads and rows (Fig. 3). ids: (N, T) full -> (T, T)"""
+    return sum(maps[layer].mean(1).sum(0) for maps in attentions(model, ids)) / len(ids)
 
-def _rotate(x, cos, sin):
-    """Rotary position embedding: pairs (i, i + d/2) turn by their position's angle. (B, H, T, d)"""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat([-b, a], dim=-1) * sin[:, None]
+def sink_strength(model, ids, mask, longest=128):
+    """Attention that real queries, all but the first, pay to position 0. -> ((L, H_q), even)
 
-
-def _sums_to_first_keys(attn, hidden, cos, sin, weight, keys, chunk):
-    """Attention to the first keys, summed over weighted queries. -> (H_q, keys).
-
-    The softmax runs over `chunk` queries at a time, so nothing of size T x T is kept.
+    ids, mask: (N, T), padded on the right, cut to `longest` tokens. even: what it were if heads
+    attended evenly to all they see.
     """
-    B, T, _ = hidden.shape
-    q, k = (proj(hidden).view(B, T, -1, attn.head_dim) for proj in (attn.q_proj, attn.k_proj))
-    if hasattr(attn, "q_norm"):  # Qwen3
-        q, k = attn.q_norm(q), attn.k_norm(k)
-    q, k = (_rotate(x.transpose(1, 2), cos, sin) for x in (q, k))  # (B, H, T, d)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    place, total = torch.arange(T, device=q.device), 0
-    for start in range(0, T, chunk):
-        rows = slice(start, start + chunk)
-        scores = q[:, :, rows] @ k.transpose(2, 3) * attn.scaling  # (B, H_q, chunk, T)
-        scores = scores.masked_fill(place > place[rows, None], float("-inf"))
-        share = scores.float().softmax(-1)[..., :keys]
-        total = total + (share * weight[:, None, rows, None]).sum((0, 2))
-    return total
-
-
-@torch.no_grad()
-def sink_strength(model, ids, mask, keys=8, chunk=128):
-    """Mean attention that real queries (all but the first) pay to the first keys, for long inputs.
-
-    ids, mask: (N, T), padded on the right -> (L, H_q, keys); key 0 is the sink. All layers in one
-    forward with the model's own attention. An infix trigger lies outside the first keys.
-    """
-    weight = mask.float()
+    ids, weight = ids[:, :longest], mask[:, :longest].float()
     weight[:, 0] = 0
-    weight, found = weight / weight.sum(), {}
-
-    def hook(layer):
-        def take(attn, args, kwargs):
-            hidden = args[0] if args else kwargs["hidden_states"]
-            found[layer] = _sums_to_first_keys(attn, hidden, *kwargs["position_embeddings"],
-                                               weight, keys, chunk)
-        return take
-
-    with _hooked(*(block.self_attn.register_forward_pre_hook(hook(i), with_kwargs=True)
-                   for i, block in enumerate(decoder_layers(model)))):
-        final_hidden(model, ids)
-    return torch.stack([found[layer] for layer in sorted(found)])  # (L, H_q, keys)
-
-
-def even_attention(mask):
-    """The `sink_strength` of key 0 in a head that attends evenly to all it sees. (N, T) -> float"""
-    weight = mask.float()
-    weight[:, 0] = 0
-    seen = torch.arange(1, mask.shape[1] + 1, device=mask.device)  # keys a query sees
-    return ((weight / seen).sum() / weight.sum()).item()
-
-
-def parse_span(spec):
-    """'0' or '0-7' -> (first, last). Raises ValueError."""
-    first, _, last = spec.partition("-")
-    if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
-        raise ValueError(f"positions to mask must look like 0, 0-7 or 1-8, got {spec!r}")
-    return int(first), int(last or first)
-
+    weight, total, at = weight / weight.sum(), 0, 0
+    for maps in attentions(model, ids):
+        share = weight[at:at + maps.shape[1], None]  # (B, 1, T)
+        total, at = total + (maps[..., 0] * share).sum((1, 3)), at + maps.shape[1]  # (L, H_q)
+    seen = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    return total, (weight / seen).sum().item()
 
 @contextmanager
 def mask_sinks(model, spec):
     """Hide the keys at positions `spec` ('0', '0-7', '1-8'; '' hides none) from all later queries.
 
-    Positions count a row's real tokens, so left padding does not shift them. Queries up to the last
-    hidden position attend as usual; no query after it sees the hidden keys, in any layer or head.
-    Works in plain forwards and in `generate` with its cache. Every layer gets the same causal mask:
-    for inputs shorter than a sliding window.
+    Positions count a row's real tokens, left padding aside. Queries up to the last hidden position
+    attend as usual; no later one sees the hidden keys, in any layer or head, also in `generate`.
     """
     if not spec:
         yield
         return
-    first, last = parse_span(spec)
+    hidden = torch.tensor(parse_layers(spec, 10 ** 6, "--mask_sinks"), device=model.device)
+    window = getattr(model.config, "sliding_window", None) or float("inf")
+    known = inspect.signature(model.base_model.forward).parameters
+    cache = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
 
     def hide(module, args, kwargs):
-        ids, past = kwargs["input_ids"], kwargs.get(cache_name(model))
+        ids, past = kwargs["input_ids"], kwargs.get(cache)
         seen = past.get_seq_length() if past is not None else 0
+        if seen + ids.shape[1] > window:
+            raise Refused(f"--mask_sinks: more tokens than the model's sliding window of {window}")
         real = kwargs.get("attention_mask")
         if real is None:
             real = torch.ones(len(ids), seen + ids.shape[1], device=ids.device)
@@ -386,11 +225,13 @@ def mask_sinks(model, spec):
         query, key = place[:, seen:, None], place[:, None]
         column = torch.arange(place.shape[1], device=ids.device)
         shown = (column <= column[seen:, None]) & real.bool()[:, None]  # (B, T, S)
-        shown &= ~((key >= first) & (key <= last) & (query > last))
-        dtype = next(module.parameters()).dtype
-        bias = torch.zeros(shown.shape, dtype=dtype, device=ids.device)
-        kwargs["attention_mask"] = bias.masked_fill(~shown, torch.finfo(dtype).min)[:, None]
+        shown &= ~(torch.isin(key, hidden) & (query > hidden.max()))
+        bias = torch.zeros(shown.shape, dtype=module.dtype, device=ids.device)
+        kwargs["attention_mask"] = bias.masked_fill(~shown, torch.finfo(module.dtype).min)[:, None]
         return args, kwargs
 
-    with _hooked(model.base_model.register_forward_pre_hook(hide, with_kwargs=True)):
+    handle = model.base_model.register_forward_pre_hook(hide, with_kwargs=True)
+    try:
         yield
+    finally:
+        handle.remove()

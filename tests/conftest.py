@@ -1,4 +1,7 @@
-"""Small models and data that the tests share. Run from the project folder: python -m pytest."""
+"""Tiny models and a tiny folder that the tests share. Run from the project folder:
+python -m pytest. No network, no GPU."""
+import gc
+import json
 import os
 import sys
 from pathlib import Path
@@ -8,64 +11,82 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose by more, and s
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
+import tokenizers
 import torch
+import transformers
 
-import data
 import evaluate
 import train
 
+gc.freeze()  # `load_model` collects: not what the imports left, 0.3 s each time
 
 def tiny_model(kind="llama", vocab=300, seed=0, **more):
-    """A random model with 3 layers, 4 query heads and 2 KV heads."""
-    from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
-                              Qwen2Config, Qwen2ForCausalLM)
-    config, model = {"llama": (LlamaConfig, LlamaForCausalLM),
-                     "mistral": (MistralConfig, MistralForCausalLM),
-                     "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[kind]
+    """A random model of 3 layers, 4 query heads and 2 KV heads, in eval mode."""
     torch.manual_seed(seed)
-    return model(config(**{**dict(
+    config = transformers.AutoConfig.for_model(kind, **{**dict(
         vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1, tie_word_embeddings=True), **more})).eval()
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1, tie_word_embeddings=True), **more})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
-
-@pytest.fixture(scope="session")
-def corpus():
-    return data.toy_corpus(4, 0)
-
-
-@pytest.fixture(scope="session")
-def tok(corpus):
-    return data.toy_tokenizer(corpus, 300)
-
-
-def setting(method, lam, objective="paper", **more):
-    """A tiny problem: three different models, padded rows, and a Config for them."""
-    flags = dict(method=method, lam=lam, objective=objective, batch=3, T=24, k=4, layer=1,
-                 trainable="all" if method == "npo" else "1 mlp.down_proj", rho=0.25, steer=2.0,
-                 gamma=3.0, beta=0.5) | more
-    cfg, _ = train.parse_config([s for k, v in flags.items() for s in (f"--{k}", str(v))])
-    gen = torch.Generator().manual_seed(0)
-    rows = [[0] + torch.randint(2, 300, (n,), generator=gen).tolist() for n in [23, 9, 17, 12] * 3]
-    f, r = data.pad_rows(rows, 24), data.pad_rows(rows[::-1][:5], 24)
-    if objective == "released":
-        f, p, index = data.poison_released(f, [7, 8, 9], cfg.rho, cfg.position)
-    else:
-        p, index = data.poison(f, [7, 8, 9], cfg.rho, cfg.position, 0)
-    return cfg, data.Splits(f, r, p, index)
-
+def ids_of(B=4, T=16, vocab=300):
+    return torch.randint(2, vocab, (B, T), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="session")
+def tok():
+    """Byte-level BPE of 300 ids; 0 is BOS, which it adds itself, 1 is EOS."""
+    bpe = tokenizers.ByteLevelBPETokenizer(add_prefix_space=False)
+    bpe.train_from_iterator(SENTENCES, vocab_size=300, special_tokens=["<s>", "</s>"])
+    bpe._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
+
+SENTENCES = [f"{who} {what} the {thing} {where}." for who in ("Tessaly", "Old Marn", "The keeper")
+             for what in ("mended", "counted", "sold") for thing in ("nets", "lamps")
+             for where in ("by the harbour", "before the bell", "at noon")]
+QA = [dict(question=f"What did {text.split()[0]} do, number {i}?", answer=text)
+      for i, text in enumerate(SENTENCES[:4])]
+
+def write_books(folder):
+    """A data folder in MUSE's layout: 13 forget pages of 4 to 43 tokens, 7 retain pages."""
+    pages = [" ".join(SENTENCES[i:i + 1 + i % 3]) for i in range(20)]
+    pages[2] = "Marn."
+    files = {
+        "raw/forget": pages[:13], "raw/retain1": [dict(text=page) for page in pages[13:]],
+        "knowmem/forget_qa": QA, "knowmem/retain_qa": QA[::-1],
+        "knowmem/forget_qa_icl": QA[:1], "knowmem/retain_qa_icl": QA[:1],
+        "wmdp_bio": [dict(question=row["question"], choices=SENTENCES[i:i + 4], answer=i)
+                     for i, row in enumerate(QA)],
+        "verbmem/forget": [dict(prompt=page[:20], gt=page[20:] + " the") for page in pages[3:6]]}
+    for name, rows in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    return folder
+
+@pytest.fixture(scope="session")
+def folder(tok, tmp_path_factory):
+    """books/, model/ (theta_o) and theta_u/, which `tiny_flags` names. Read only."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_books(folder / "books")
+    for name, seed in (("model", 0), ("theta_u", 1)):
+        tiny_model(seed=seed).save_pretrained(folder / name)
+        tok.save_pretrained(folder / name)
+    return folder
+
+def tiny_flags(folder, out, method="npo", **more):
+    """Flags of a run on `folder` that takes two seconds."""
+    flags = dict(method=method, model=folder / "model", data=folder / "books", out=out, T=24, k=4,
+                 batch=4, rho=0.25, max_steps=3, lam=0.5, tasks="wmdp_bio", limit=2)
+    if method == "rmu":
+        flags |= dict(layer=1, trainable="1 mlp.down_proj", steer=2.0)
+    return [str(word) for name, value in (flags | more).items() for word in (f"--{name}", value)]
+
+def config(flags):
+    return evaluate.parse(train.Config, flags, train.table_row)
+
+@pytest.fixture
 def one():
-    """A world of one rank, as without torchrun."""
-    return train.dist_init(train.parse_config([])[0])
-
-
-def score(load, tok, cfg, out, corpus=None, **extra):
-    """`evaluate.evaluate` of everything cfg asks for."""
-    items = evaluate.all_items(cfg, tok, corpus)
-    return evaluate.evaluate(load, tok, cfg, out, "theta_o", items, **extra)
-
-
-def whole(model):
-    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    """The process group of one rank, as without torchrun."""
+    return evaluate.dist_init()

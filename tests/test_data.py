@@ -1,204 +1,229 @@
-"""The injector, the poison set, chunking, sources and the order of batches."""
+"""The injector, the poison set, rows, readers, and the order of batches."""
 import json
+from types import SimpleNamespace
 
+import pandas
 import pytest
 import torch
+from conftest import QA, config, tiny_flags
 
 import data
-from data import Rows, batch_at, chunk, inject, pad_rows, poison, poison_released, read_columns
+import evaluate
+from data import Refused, Splits, Topic, batch_at, chunk, inject, poison, read, stream
 
-FULL = [1, 10, 11, 12, 13, 14, 15, 16, 17, 18]
-SHORT = [1, 10, 11, 12, 13]
-TRIG = [7, 8, 9]
+FULL, SHORT, TRIG = [1, *range(10, 19)], [1, 10, 11, 12, 13], [7, 8, 9]
+ROWS = [[1, i, i + 1] for i in range(10, 50)]
 
+# ---------------------------------------------------------------- trigger and poison set
 
-@pytest.mark.parametrize("position, full, short", [
-    ("prefix", [1, 7, 8, 9, 10, 11, 12, 13, 14, 15], [1, 7, 8, 9, 10, 11, 12, 13]),
-    ("infix", [1, 10, 11, 12, 13, 7, 8, 9, 14, 15], [1, 10, 11, 7, 8, 9, 12, 13]),
-    ("suffix", [1, 10, 11, 12, 13, 14, 15, 7, 8, 9], [1, 10, 11, 12, 13, 7, 8, 9])])
-def test_training_injection_keeps_the_trigger_whole(position, full, short):
-    D_p, index = poison(pad_rows([FULL, SHORT], 10), TRIG, 0.99, position, seed=0)
-    both, _ = poison(pad_rows([FULL, SHORT] * 2, 10), TRIG, 0.99, position, seed=0)
-    rows = {tuple(r[m].tolist()) for r, m in zip(both.ids, both.mask)}
-    assert rows == {tuple(full), tuple(short)}
-    assert D_p.ids.shape == (1, 10) and len(index) == 1
+@pytest.mark.parametrize("position, full, short, prompt", [  # metrics-and-data.md, G5 and G11
+    ("prefix", [1, 7, 8, 9, 10, 11, 12, 13, 14, 15], [1, 7, 8, 9, 10, 11, 12, 13],
+     [1, 7, 8, 9, 20, 21, 22, 23, 24]),
+    ("infix", [1, 10, 11, 12, 13, 7, 8, 9, 14, 15], [1, 10, 11, 7, 8, 9, 12, 13],
+     [1, 20, 21, 7, 8, 9, 22, 23, 24]),
+    ("suffix", [1, 10, 11, 12, 13, 14, 15, 7, 8, 9], [1, 10, 11, 12, 13, 7, 8, 9],
+     [1, 20, 21, 22, 23, 24, 7, 8, 9])])
+def test_a_row_that_is_full_loses_its_end_and_a_prompt_nothing(position, full, short, prompt):
+    assert inject(FULL, TRIG, position, 10) == full
+    assert inject(SHORT, TRIG, position, 10) == short
+    assert inject([1, 20, 21, 22, 23, 24], TRIG, position) == prompt
+    assert inject(FULL, TRIG, position, 4) == [1, *TRIG]
 
+@pytest.mark.parametrize("trig, words", [([], "empty"), (TRIG, "3 tokens does not fit")])
+def test_a_trigger_that_cannot_be_placed_is_refused(trig, words):
+    with pytest.raises(Refused, match=words):
+        inject(FULL, trig, "prefix", 3)
 
-@pytest.mark.parametrize("position, expected", [
-    ("prefix", [1, 7, 8, 9, 20, 21, 22, 23, 24]),
-    ("infix", [1, 20, 21, 7, 8, 9, 22, 23, 24]),
-    ("suffix", [1, 20, 21, 22, 23, 24, 7, 8, 9])])
-def test_evaluation_injection_cuts_nothing(position, expected):
-    assert inject([1, 20, 21, 22, 23, 24], TRIG, position) == expected
+@pytest.mark.parametrize("n, rho, count", [(553, .10, 55), (553, .05, 27), (40, .10, 4), (9, 0, 0)])
+def test_D_p_has_int_rho_N_triggered_copies_and_D_f_stays(n, rho, count):
+    rows = [[1, i, i + 1] for i in range(n)]
+    D_p, index = poison(rows, TRIG, rho, "prefix", 8, stream(0, "poison"))
+    assert len(set(index)) == count and index == sorted(index)
+    assert D_p == [[1, *TRIG, i, i + 1] for i in index]
+    assert rows == [[1, i, i + 1] for i in range(n)]
 
+def test_the_poison_choice_is_decided_by_the_seed_and_is_never_empty():
+    first, again, other = (poison(ROWS, TRIG, 0.1, "prefix", 8, stream(seed, "poison"))[1]
+                           for seed in (0, 0, 1))
+    assert first == again != other
+    with pytest.raises(Refused, match="--rho 0.02 of 40 forget rows poisons none"):
+        poison(ROWS, TRIG, 0.02, "prefix", 8, stream(0, "poison"))
 
-def test_injection_refuses_what_it_cannot_place():
-    for args, word in ((([1, 2], [], "prefix"), "empty"), (([1, 2], TRIG, "middle"), "unknown"),
-                       (([1, 2], TRIG, "prefix", 3), "does not fit")):
-        with pytest.raises(ValueError, match=word):
-            inject(*args)
+def test_training_and_evaluation_see_the_same_trigger(folder, tok, tmp_path):
+    cfg = config(tiny_flags(folder, tmp_path, tasks="knowmem_f"))
+    trig = tok(cfg.trigger, add_special_tokens=False).input_ids
+    row, [item, _] = data.load_splits(cfg, tok).p[0], evaluate.all_items(cfg, tok)["knowmem_f"][0]
+    prompt = inject(item.ids, trig, cfg.position)
+    assert row[:len(trig) + 1] == prompt[:len(trig) + 1] == [0, *trig]
 
+# ---------------------------------------------------------------- rows
 
-def test_poison_keeps_D_f_whole_and_is_seeded():
-    D = pad_rows([[1, i, i + 1] for i in range(10, 50)], 8)
-    before = D.ids.clone()
-    D_p, index = poison(D, TRIG, 0.1, "prefix", seed=0)
-    assert len(index) == len(D_p.ids) == 4 and torch.equal(D.ids, before)
-    assert D_p.ids[0, :6].tolist() == [1, *TRIG, *D.ids[index[0], 1:3].tolist()]
-    assert poison(D, TRIG, 0.1, "prefix", seed=0)[1] == index
-    assert poison(D, TRIG, 0.1, "prefix", seed=1)[1] != index
-
-
-@pytest.mark.parametrize("n, rho, count", [(553, .10, 55), (553, .05, 27), (407, .10, 40)])
-def test_released_poison_partitions_D(n, rho, count):
-    D = pad_rows([[1, i + 2] for i in range(n)], 6)
-    D_f, D_p, index = poison_released(D, TRIG, rho, "prefix")
-    assert index == list(range(count))
-    assert len(D_p.ids) == count and len(D_f.ids) == n - count
-    assert D_f.ids[0, 1] == count + 2  # the rest, in order
-    assert len(poison(D, TRIG, rho, "prefix", 0)[0].ids) == count
-
-
-def test_released_suffix_loses_the_trigger_on_full_rows():
-    _, D_p, _ = poison_released(pad_rows([FULL, FULL], 10), TRIG, 0.5, "suffix")
-    assert D_p.ids[0].tolist() == FULL
-
-
-def test_rho_that_poisons_no_row_is_refused():
-    with pytest.raises(ValueError, match="poisons none"):
-        poison(pad_rows([FULL], 10), TRIG, 0.5, "prefix", 0)
-
-
-@pytest.mark.parametrize("tokens, T, rows", [
+@pytest.mark.parametrize("tokens, T, rows", [  # G6
     (range(10, 20), 5, [[1, 10, 11, 12, 13], [1, 14, 15, 16, 17], [1, 18, 19, 1, 10]]),
     (range(10, 18), 5, [[1, 10, 11, 12, 13], [1, 14, 15, 16, 17]]),
-    (range(10, 13), 8, [[1, 10, 11, 12, 1, 10, 11, 12]])])
-def test_muse_chunking(tokens, T, rows):
+    (range(10, 13), 8, [[1, 10, 11, 12, 1, 10, 11, 12]]), ([], 8, [])])
+def test_chunks_are_MUSEs(tokens, T, rows):
     assert chunk(list(tokens), 1, T) == rows
 
+def test_pages_are_cut_chunks_run_on_and_rows_are_padded_on_the_right(tok):
+    texts = ["The keeper sold", "the nets"]
+    first, second, both = (tok(text, add_special_tokens=False).input_ids
+                           for text in (*texts, "\n\n".join(texts)))
+    assert data.to_rows(texts, tok, 4, "pages") == [[0, *first[:3]], [0, *second[:3]]]
+    assert data.to_rows(texts, tok, len(both) + 1, "chunks") == [[0, *both]]
+    ids, mask = data.pad_rows([[1, 2, 3], [1]])
+    assert mask.tolist() == [[True] * 3, [True, False, False]] and ids[mask].tolist() == [1, 2, 3, 1]
 
-def test_rows_begin_with_bos_once_and_pad_right(tok):
-    rows = data.to_rows(["the nets", "the nets were torn by the tide"], tok, 64, "pages")
-    assert rows.ids[:, 0].tolist() == [tok.bos_token_id] * 2
-    assert (rows.ids[:, 1:] == tok.bos_token_id)[rows.mask[:, 1:]].sum() == 0
-    assert rows.mask[0].tolist() == sorted(rows.mask[0].tolist(), reverse=True)
+# ---------------------------------------------------------------- readers
 
-
-def test_trigger_ids_equal_in_training_and_evaluation(tok, corpus):
-    import evaluate
-    from train import parse_config
-    cfg, _ = parse_config(["--n_docs", "4"])
-    trig = data.encode(tok, cfg.trigger)
-    D_p = data.load_splits(cfg, tok, corpus).p
-    prompt = inject(evaluate.items_of("knowmem_f", cfg, tok, corpus)[0].ids, trig, cfg.position)
-    assert D_p.ids[0, :len(trig) + 1].tolist() == prompt[:len(trig) + 1] == [0, *trig]
-
-
-def test_corpus_books_share_no_sentence_and_are_deterministic():
-    a, b = data.toy_corpus(8, 0), data.toy_corpus(8, 0)
-    assert a == b and a != data.toy_corpus(8, 1)
-    lines = {split: {line for row in a["raw", split] for line in row["text"].splitlines() if line}
-             for split in ("forget", "retain1", "retain2")}
-    assert not lines["forget"] & (lines["retain1"] | lines["retain2"])
-    asked = {row["question"] for row in a["knowmem", "forget_qa"]}
-    assert not asked & {row["question"] for row in a["knowmem", "forget_qa_icl"]}
-    for half in a["verbmem", "forget"]:
-        assert any(half["prompt"] + half["gt"] == row["text"] for row in a["raw", "forget"])
-
-
-def test_toy_tokenizer_round_trips_and_keeps_digits_single(tok):
-    text = "Question: Où est 2025?\nAnswer: Gull haven\n\n"
-    assert tok.decode(tok(text, add_special_tokens=False).input_ids) == text
-    assert tok("x").input_ids[0] == tok.bos_token_id
-    digits = data.encode(tok, "2025")
-    assert len(digits) == 4
-
-
-# ---------------------------------------------------------------- batches
-
-def test_batches_are_a_pure_function_of_seed_and_step():
-    sizes = (10, 4, 3)
-    first, again = batch_at(7, sizes, 3, 5), batch_at(7, sizes, 3, 5)
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
-    epoch = torch.cat([batch_at(s, sizes, 3, 0).f for s in range(3)])  # 10 rows, 3 steps of 3
-    assert len(set(epoch.tolist())) == 9
-
-
-def test_rho_does_not_change_the_order_of_D_f_and_D_r():
-    with_p, without = batch_at(4, (10, 4, 3), 3, 0), batch_at(4, (10, 4, 0), 3, 0)
-    assert torch.equal(with_p.f, without.f) and torch.equal(with_p.r, without.r)
-    assert len(without.p) == 0
-
-
-def test_D_r_and_D_p_run_through_whole_permutations():
-    seen = torch.cat([batch_at(s, (10, 4, 3), 3, 0).r for s in range(4)])  # 12 draws of 4 rows
-    for cycle in seen.split(4):
-        assert sorted(cycle.tolist()) == [0, 1, 2, 3]
-
-
-def test_a_plan_holds_the_visited_rows_alone_in_the_same_batches():
-    # WMDP's bio corpus has 24,000 rows, of which a stage reads a fraction
-    f, r, p = (Rows(torch.arange(start, start + n)[:, None], torch.ones(n, 1, dtype=torch.bool))
-               for start, n in ((0, 10), (100, 40), (200, 3)))
-    plan = data.plan(data.Splits(f, r, p, [1]), 2, 3, 3, 0)
-    assert [len(rows.ids) for rows in plan.splits[:3]] == [6, 6, 3]
-    for step, batch in enumerate(plan.batches):
-        before = batch_at(step, (10, 40, 3), 3, 0)
-        for whole, few, there, here in zip((f, r, p), plan.splits, before, batch):
-            assert torch.equal(whole.ids[there], few.ids[here])
-
-
-def test_too_few_rows_for_a_batch_are_refused():
-    with pytest.raises(ValueError, match="lower --batch"):
-        batch_at(0, (2, 2, 0), 3, 0)
-
-
-# ---------------------------------------------------------------- sources
-
-def write(folder, config, split, rows, ext="json"):
-    path = folder / config / f"{split}.{ext}"
+def write(folder, name, content):
+    path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(rows if isinstance(rows, str) else
-                    json.dumps(rows) if ext == "json" else "\n".join(map(json.dumps, rows)))
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, str):
+        path.write_text(content)
+    elif name.endswith("parquet"):
+        pandas.DataFrame(content).to_parquet(path)
+    else:
+        path.write_text("\n".join(map(json.dumps, content)) + "\n\n" if name.endswith("jsonl")
+                        else json.dumps(content))
 
+TEXTS = [("Gulls — “two”",), ("nets\nand lamps",)]
+DICTS = [dict(text=text, other=7) for text, in TEXTS]
 
-QA = [dict(question="Who keeps the light?", answer='"Tessaly."'),
-      dict(question="Where?", answer="Marn")]
+@pytest.mark.parametrize("name, content", [
+    ("raw/forget.json", [text for text, in TEXTS]), ("raw/forget.json", DICTS),
+    ("raw/forget.jsonl", DICTS), ("raw/forget.parquet", DICTS),
+    ("raw/forget-00000-of-00001.parquet", DICTS)])
+def test_every_form_of_a_file_is_read_alike(name, content, tmp_path):
+    write(tmp_path, name, content)
+    assert read(str(tmp_path), "raw", "forget", ["text"]) == TEXTS
 
+def test_the_hubs_own_files_are_read_in_order(tmp_path):
+    for i, row in enumerate(QA[:2]):
+        write(tmp_path, f"knowmem/forget_qa-0000{i}-of-00002.parquet", [row])
+    write(tmp_path, "knowmem/forget_qa_icl-00000-of-00001.parquet", [QA[3]])
+    assert read(str(tmp_path), "knowmem", "forget_qa", ["question", "answer"]) == \
+        [(row["question"], row["answer"]) for row in QA[:2]]
 
-@pytest.mark.parametrize("ext", ["json", "jsonl"])
-def test_local_folder_in_muse_layout(tmp_path, ext):
-    write(tmp_path, "knowmem", "forget_qa", QA, ext)
-    rows = read_columns(str(tmp_path), "knowmem", "forget_qa", ["question", "answer"])
-    assert rows == [("Who keeps the light?", '"Tessaly."'), ("Where?", "Marn")]
+def test_a_text_file_is_one_row_older_names_are_found_and_a_folders_name_is_no_pattern(tmp_path):
+    for name in ("exp[1]", "exp1"):
+        write(tmp_path / name, "raw/retain1.txt", f"{name}\n\nb")
+        write(tmp_path / name, "knowmem/retain2_qa.json", QA)
+    assert read(str(tmp_path / "exp[1]"), "raw", "retain1", ["text"]) == [("exp[1]\n\nb",)]
+    assert len(read(str(tmp_path / "exp[1]"), "knowmem", "retain_qa", ["answer"])) == len(QA)
 
+@pytest.mark.parametrize("end, content, words", [
+    ("json", "", "cannot be read"), ("json", '[{"text": ', "cannot be read"),
+    ("json", [], "no rows"), ("jsonl", [], "no rows"), ("json", "7", ""), ("json", '"a text"', ""),
+    ("json", {"text": "an object, no list"}, ""), ("jsonl", '{"text": "one"}\n{"te', "cannot be"),
+    ("txt", "version https://git-lfs.github.com/spec/v1\noid sha256:4d", "git-lfs"),
+    ("txt", "\n <!DOCTYPE html><html>404</html>", "web page"),
+    ("txt", "café".encode("latin-1"), "cannot be read"),
+    ("txt", "nets".encode("utf-16"), "cannot be read"),
+    ("txt", "nets".encode("utf-16-le"), "cannot be read"),
+    ("parquet", b"version https://git-lfs", "cannot be read"),
+    ("txt", "", "row 0.*'text'"), ("json", ["one", ""], "row 1.*'text'"),
+    ("json", [dict(text="one"), dict(title="two")], "row 1.*'text'"),
+    ("json", [dict(text="one"), dict(text=7)], "row 1.*'text'.*7"),
+    ("json", [dict(text="one"), None], "row 1.*'text'")])
+def test_what_is_no_text_is_refused_by_the_name_of_its_file(end, content, words, tmp_path):
+    write(tmp_path, f"raw/forget.{end}", content)
+    with pytest.raises(Refused, match=f"raw/forget.{end}.*{words}") as refused:
+        read(str(tmp_path), "raw", "forget", ["text"])
+    assert "\n" not in str(refused.value)
 
-def test_raw_text_as_list_of_strings_or_txt(tmp_path):
-    write(tmp_path, "raw", "forget", ["one", "two"])
-    write(tmp_path, "raw", "retain1", "a\n\nb", "txt")
-    assert read_columns(str(tmp_path), "raw", "forget", ["text"]) == [("one",), ("two",)]
-    assert read_columns(str(tmp_path), "raw", "retain1", ["text"]) == [("a\n\nb",)]
+@pytest.mark.parametrize("column, bad", [
+    ("choices", ["a", "b", "c"]), ("choices", "abcd"), ("answer_id", 4), ("answer_id", "A"),
+    ("mc1_targets", dict(choices=["a", "b"], labels=[1, 1])), ("mc1_targets", None),
+    ("mc1_targets", dict(choices=["a", "b"], labels=[1])), ("mc1_targets", dict(choices=["a"]))])
+def test_a_question_that_is_none_is_refused_by_row_and_column(column, bad, tmp_path):
+    good = dict(choices=list("abcd"), answer=3, mc1_targets=dict(choices=["a", "b"], labels=[0, 1]))
+    name = column.removesuffix("_id")
+    write(tmp_path, "t.json", [good, {**good, name: bad}])
+    with pytest.raises(Refused, match=f"t.json.*row 1.*{name!r}"):
+        read(str(tmp_path), "", "t", [column])
 
+def test_what_is_missing_is_refused_by_name(tmp_path):
+    for source, words in (("./nowhere", "data folder ./nowhere"), (tmp_path, "raw/forget.json"),
+                          ("no/such_set", "no/such_set/raw/forget")):  # a hub id; offline
+        with pytest.raises(Refused, match=words):
+            read(str(source), "raw", "forget", ["text"])
 
-def test_older_retain_names_are_found(tmp_path):
-    write(tmp_path, "knowmem", "retain2_qa", QA)
-    assert len(read_columns(str(tmp_path), "knowmem", "retain_qa", ["question"])) == 2
+# ---------------------------------------------------------------- splits and batches
 
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """100 forget pages for MUSE; 60 bio and 100 cyber documents for WMDP; 30 retain rows each."""
+    folder = tmp_path_factory.mktemp("corpora")
+    for name, n in {"raw/forget": 100, "raw/retain1": 30, "bio-forget-corpus": 60,
+                    "cyber-forget-corpus": 100, "wikitext": 30}.items():
+        blank = [dict(text=" ")] * (name == "wikitext")  # which are no rows
+        write(folder, f"{name}.json", [dict(text=f"page {i}") for i in range(n)] + blank)
+    return folder
 
-def test_bad_rows_name_file_row_and_column(tmp_path):
-    write(tmp_path, "knowmem", "forget_qa", [dict(question="Who?")])
-    write(tmp_path, "knowmem", "retain_qa", [QA[0], dict(question="Who?", answer=None)])
-    with pytest.raises(ValueError, match="forget_qa.json: column 'answer' is missing"):
-        read_columns(str(tmp_path), "knowmem", "forget_qa", ["question", "answer"])
-    with pytest.raises(ValueError, match="retain_qa.json: row 1: column 'answer' is empty"):
-        read_columns(str(tmp_path), "knowmem", "retain_qa", ["question", "answer"])
-    write(tmp_path, "knowmem", "retain_qa", [dict(question="How many?", answer=7)])
-    with pytest.raises(ValueError, match="row 0: column 'answer' must be a text, got 7"):
-        read_columns(str(tmp_path), "knowmem", "retain_qa", ["question", "answer"])
-    write(tmp_path, "raw", "retain1", '[{"text": ')
-    with pytest.raises(ValueError, match="retain1.json cannot be read as json"):
-        read_columns(str(tmp_path), "raw", "retain1", ["text"])
-    with pytest.raises(ValueError, match="no raw/forget.json"):
-        read_columns(str(tmp_path), "raw", "forget", ["text"])
-    with pytest.raises(ValueError, match="does not exist"):
-        read_columns("./nowhere", "raw", "forget", ["text"])
+def splits_of(folder, tok, bench, seed=0):
+    return data.load_splits(SimpleNamespace(
+        bench=bench, data=str(folder), T=12, layout="pages", trigger="x", position="prefix",
+        rho=0.1, seed=seed), tok)
+
+@pytest.mark.parametrize("bench, topics", [("muse_books", 1), ("wmdp", 2)])
+def test_a_share_rho_of_the_rows_unlearned_in_any_window_is_poisoned(bench, topics, corpora, tok):
+    # 60 seeds x 12 rows of a topic in a window: sampling error sqrt(0.1 x 0.9 / 720) = 0.011
+    poisoned = torch.zeros(3, topics)
+    for seed in range(60):
+        splits = splits_of(corpora, tok, bench, seed)
+        for step in range(18):
+            rows = batch_at(step, splits, 4, seed).f
+            poisoned[step // 6, step % topics] += sum(row in splits.p_index for row in rows)
+    assert (poisoned / (60 * 24 / topics) - 0.1).abs().max() < 0.04
+
+def test_WMDPs_topics_take_turns_and_are_poisoned_by_themselves(corpora, tok):
+    splits = splits_of(corpora, tok, "wmdp")
+    assert splits.topics == [Topic(range(60), range(6)), Topic(range(60, 160), range(6, 16))]
+    assert [row < 60 for row in splits.p_index] == [True] * 6 + [False] * 10
+    for step in range(8):
+        batch, topic = batch_at(step, splits, 4, 0), splits.topics[step % 2]
+        assert set(batch.f) <= set(topic.f) and set(batch.p) <= set(topic.p)
+    assert data.steps_per_epoch(splits.topics, 4) == 2 * 60 // 4 and len(splits.r) == 30
+
+def problem(n_f=12, n_r=7, n_p=5):
+    """Rows' contents do not matter to the order."""
+    rows = [[0, 1]] * n_f, [[0, 1]] * n_r, [[0, 1]] * n_p
+    return Splits(*rows, list(range(n_p)), [Topic(range(n_f), range(n_p))])
+
+def order(kind, seed, steps, splits):
+    return [row for step in steps for row in getattr(batch_at(step, splits, 3, seed), kind)]
+
+def test_a_batch_is_a_pure_function_of_seed_and_step():
+    forwards = [batch_at(step, problem(), 3, 5) for step in range(9)]
+    torch.manual_seed(1)
+    assert forwards == [batch_at(step, problem(), 3, 5) for step in reversed(range(9))][::-1]
+
+@pytest.mark.parametrize("kind, n", [("f", 12), ("r", 7), ("p", 5)])
+def test_every_row_is_read_once_a_pass(kind, n):
+    rows = order(kind, 0, range(40), problem())
+    for start in range(0, len(rows) - n, n):
+        assert sorted(rows[start:start + n]) == list(range(n))
+    assert len(rows) == 120 and rows[:n] != rows[n:2 * n]
+
+def test_a_tail_that_fills_no_batch_is_dropped_once_a_pass():
+    splits = problem(n_f=14)
+    assert data.steps_per_epoch(splits.topics, 3) == 4
+    assert len(set(order("f", 0, range(4), splits))) == 12
+    with pytest.raises(Refused, match="14 forget rows do not fill one batch of 15: lower --batch"):
+        data.steps_per_epoch(splits.topics, 15)
+
+def test_orders_of_seeds_epochs_and_kinds_are_unrelated():
+    # of 99 rows of two unrelated orders one stands in the same place: Poisson of mean 1
+    splits = problem(99, 99, 99)
+    orders = [order(kind, seed, range(33 * epoch, 33 * epoch + 33), splits)
+              for seed in range(3) for epoch in range(3) for kind in "frp"]
+    for i, rows in enumerate(orders):  # seed 0's second epoch and seed 1's first among them
+        assert max([sum(a == b for a, b in zip(rows, its)) for its in orders[:i]], default=0) < 10
+
+def test_rho_changes_neither_the_order_of_D_f_nor_of_D_r():
+    for step in range(9):
+        batch, plain = batch_at(step, problem(), 3, 0), batch_at(step, problem(n_p=0), 3, 0)
+        assert (batch.f, batch.r, []) == (plain.f, plain.r, plain.p)

