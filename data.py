@@ -23,7 +23,7 @@ LLAMA2 = "meta-llama/Llama-2-7b-hf"  # MUSE's target models come without a token
 
 # layout "chunks": the joined text in pieces of T tokens, as MUSE does; "pages": one text a row.
 BENCHES = {
-    "toy": dict(model=f"{TOY}/model", data=f"{TOY}/books", T=104, layout="pages", tasks=BOOKS),
+    "toy": dict(model=f"{TOY}/model", data=f"{TOY}/books", T=144, layout="pages", tasks=BOOKS),
     # made by assets/toy/make.py --base
     "smol": dict(model="out/smol/model", data="out/smol/books", T=216, layout="pages", tasks=BOOKS),
     "muse_books": dict(model="muse-bench/MUSE-Books_target", data="muse-bench/MUSE-Books",

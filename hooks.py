@@ -128,7 +128,8 @@ class capture_norms:
     """
 
     def __init__(self, model, layers, k):
-        self.k, self.heads = k, model.config.num_key_value_heads
+        self.k, heads = k, model.config.num_attention_heads
+        self.heads = getattr(model.config, "num_key_value_heads", heads)
         self.found, self.open, self.handles = {i: [] for i in layers}, False, []
         self.projections = {i: decoder_layers(model)[i].self_attn.v_proj for i in layers}
 

@@ -348,9 +348,11 @@ def one_writer(folder, made_from, resume):
         lock.truncate(0)
         print(made_from, file=lock, end="", flush=True)
     dist.barrier()
-    yield work
-    if dist.get_rank() == 0:
-        lock.close()
+    try:
+        yield work
+    finally:
+        if dist.get_rank() == 0:
+            lock.close()
 
 def save_run(folder, work, model, tok, record, cfg):
     """Weights, tokenizer and run.json into the temporary folder, which then gets its name."""
@@ -366,6 +368,7 @@ def save_run(folder, work, model, tok, record, cfg):
         (work / "run.json").write_text(json.dumps(record, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
+        (folder / "lock").unlink()
         for old in checkpoints(folder):
             shutil.rmtree(old)
     dist.barrier()

@@ -1,36 +1,32 @@
 """How fast and how large is it? Run by hand, on a quiet machine; random weights, fp32 on a CPU.
 
-    python tests/bench.py step --size 135m                          # NPO + l_vn
-    python tests/bench.py step --size 7b/4 --method rmu --lam 0
-    python tests/bench.py step --size 7b --depth 2 --T 256          # 7B's width, two layers
-    python tests/bench.py step --size 7b --T 256 --method rmu --share   # all 32 layers in 24 GB
-    python tests/bench.py memory                                    # a 7B on 4 ranks, estimated
-    python tests/bench.py scoring --limit 20                        # batch 64 against batch 1
-    python tests/bench.py lm_eval --model DIR --rows FILE           # needs pip install lm_eval
+    python tests/bench.py step --size 135m                   # NPO + l_vn; --method rmu, --lam 0
+    python tests/bench.py step --size 7b --depth 2 --T 256   # 7B's width, two layers
+    python tests/bench.py memory                             # a 7B on 4 ranks, estimated
+    python tests/bench.py scoring --limit 20                 # batch 64 against batch 1
+    python tests/bench.py lm_eval --model DIR --rows FILE    # needs pip install lm_eval
 
-step     Seconds of one training step, ours against *fair*: three models in memory, nothing cached,
-         full logits, one forward per model and kind of rows, only those that the objective needs.
-         Processes of their own in turns, the fastest step of all rounds counts. Prints both, their
-         ratio, the ratio of FLOPs, and both losses, which must agree to 1e-4.
+step     One training step of ours against *fair*: three models in memory, nothing cached, full
+         logits, one forward per model and kind of rows, only those that the objective needs. Each
+         runs --rounds times in a process of its own, in turns; the fastest step counts. Prints
+         both, the ratio of seconds and of FLOPs; both losses must agree to 1e-4.
 memory   Peak bytes of two steps on one of 4 ranks, Table A1's Books, on fake tensors.
-scoring  Seconds of evaluate.py's loop on invented books as large as MUSE's, with a random Llama of
-         17M, for --gen_batch 64 and 1, and how many answers are the same.
-lm_eval  Each line of FILE is a JSON object with "task", "context" and "choices": log-likelihoods by
-         ours and by lm-eval's HFLM, their seconds, equal predictions and the largest difference.
+scoring  evaluate.py's loop on invented books as many and long as MUSE's, with a random Llama that
+         has the toy's tokenizer or DIR's (SmolLM2's makes it 16M).
+lm_eval  FILE: JSON lines with task, context, choices. Predictions and log-likelihoods of both.
+
+Seconds are the processor's where there is no GPU: others who compute change them least.
 """
 import argparse
-import copy
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 if "lm_eval" in sys.argv:  # it needs another package that is called evaluate, so it goes first
@@ -47,7 +43,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import data
 import evaluate
@@ -55,7 +51,6 @@ import hooks
 import losses
 import train
 
-# processor seconds where there is no GPU: others who compute on the machine change them least
 clock = time.time if evaluate.DEVICE == "cuda" else time.process_time
 SIZES = {  # width, MLP, layers, heads, KV heads, vocabulary, tied, T, triples
     "15m": (288, 768, 6, 6, 6, 32000, True, 256, 2),
@@ -77,28 +72,18 @@ def setting_of(args):
                                          for word in (f"--{name}", value)], train.table_row)
 
 
-def random_model(args, seed, trainable="all"):
-    """--share: layers share all weights but those that train, each read from memory as its own."""
+def random_model(args, seed):
     width, mlp, _, heads, kv_heads, vocab, tied, *_ = SIZES[args.size]
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_attention_heads=heads,
-        num_hidden_layers=1 if args.share else args.depth, num_key_value_heads=kv_heads,
-        max_position_embeddings=4096, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1)
     with torch.device(evaluate.DEVICE):
-        model = LlamaForCausalLM(config)
-    blocks, trained = model.model.layers, trainable.split()[0]
-    for i in range(1, args.depth) if args.share else ():
-        own = i in hooks.parse_layers(trained, args.depth)
-        known = {id(p): p for name, p in blocks[0].named_parameters()
-                 if not (own and "down_proj" in name)}
-        blocks.append(copy.deepcopy(blocks[0], known))
-    return model.eval().requires_grad_(False)
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_attention_heads=heads,
+            num_hidden_layers=args.depth, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
+            max_position_embeddings=4096)).eval().requires_grad_(False)
 
 
-def move(model, trainable):
+def move(model):
     """Theta some way from theta_o, so that no term is 0."""
-    hooks.set_trainable(model, trainable)
     torch.manual_seed(2)
     for p in model.parameters():
         if p.requires_grad:
@@ -107,21 +92,20 @@ def move(model, trainable):
 
 def rows_of(args, cfg):
     gen = torch.Generator().manual_seed(0)
-    rows = torch.randint(2, SIZES[args.size][5], (3 * cfg.batch, cfg.T), generator=gen).tolist()
-    f, r, p = (rows[i::3] for i in range(3))
-    return data.Splits(f, r, p, [], [])
+    rows = torch.randint(2, SIZES[args.size][5], (3, cfg.batch, cfg.T), generator=gen).tolist()
+    return data.Splits(*rows, [], [])
 
 
 # ---------------------------------------------------------------- the two steps
 
 def ours(args, cfg):
     evaluate.dist_init()
-    splits, batch = rows_of(args, cfg), data.Batch(*[list(range(cfg.batch))] * 3)
-    evaluate.load_model = lambda name, cfg: random_model(args, 1, cfg.trainable)  # theta_u
-    model = random_model(args, 0, cfg.trainable)
+    splits, batch = rows_of(args, cfg), data.Batch(*[range(cfg.batch)] * 3)
+    evaluate.load_model = lambda name, cfg: random_model(args, 1)  # theta_u
+    model = random_model(args, 0)
     hooks.set_trainable(model, cfg.trainable)
     refs = train.references(splits, [[batch]], "theta_u", model, cfg)
-    move(model, cfg.trainable)
+    move(model)
     train.shard(model, cfg)
     layers = hooks.layers_of(model, cfg.layers) if cfg.lam else []
     with hooks.capture_norms(model, layers, cfg.k) as norms:
@@ -129,38 +113,45 @@ def ours(args, cfg):
 
 
 def fair(args, cfg):
-    theta, theta_o, theta_u = models = [random_model(args, seed, cfg.trainable) for seed in
-                                        (0, 0, 1)]
-    move(theta, cfg.trainable)
-    splits, acts, npo = rows_of(args, cfg), [], cfg.method == "npo"
-    f, r, p = (torch.tensor(rows, device=evaluate.DEVICE) for rows in splits[:3])
+    theta, theta_o, theta_u = models = [random_model(args, seed) for seed in (0, 0, 1)]
+    hooks.set_trainable(theta, cfg.trainable)
+    move(theta)
+    acts, npo = [], cfg.method == "npo"
+    ids = {kind: torch.tensor(rows, device=evaluate.DEVICE)
+           for kind, rows in zip("frp", rows_of(args, cfg))}
     c_u = losses.control_vector(theta.config.hidden_size, cfg.steer,
                                 data.stream(cfg.seed, "control vector")).to(evaluate.DEVICE)
-    mask, layers = torch.ones_like(f), hooks.layers_of(theta, cfg.layers) if cfg.lam else []
+    mask, layers = torch.ones_like(ids["f"]), hooks.layers_of(theta, cfg.layers) if cfg.lam else []
 
-    def run(model, ids, logits=True):
-        captured[model].begin()
-        out = model(input_ids=ids, use_cache=False).logits if logits else \
-            hooks.final_hidden(model, ids)
-        return out, acts.pop(), captured[model].stack() if cfg.lam else None
+    def run(model, kinds, forward):
+        found = {}
+        for kind in kinds:
+            captured[model].begin()
+            out = forward(model, ids[kind])
+            found[kind] = out, acts.pop(), captured[model].stack() if cfg.lam else None
+        return found
+
+    def logits(model, ids):
+        return model(input_ids=ids, use_cache=False).logits
 
     def terms():
         with torch.no_grad():
-            of_o = {kind: run(theta_o, ids) for kind, ids in zip("frp", (f, r, p))
-                    if npo or kind != "f"}
-            of_u = run(theta_u, f, logits=False) if cfg.lam else None
-        mine = {kind: run(theta, ids) for kind, ids in zip("frp", (f, r, p))}
+            o = run(theta_o, "frp" if npo else "rp", logits)
+            u = run(theta_u, "f" if cfg.lam else "", hooks.final_hidden)
+        mine = run(theta, "frp", logits)
         if npo:
-            logp, logp_o = (losses.label_logp(of["f"][0][:, :-1], f[:, 1:]) for of in (mine, of_o))
+            logp, logp_o = (losses.label_logp(of["f"][0][:, :-1], ids["f"][:, 1:])
+                            for of in (mine, o))
             l_f = losses.npo(logp, logp_o, cfg.beta, mask[:, 1:])
         else:
             l_f = losses.rmu_forget(mine["f"][1], c_u, mask)
-        l_r = sum(losses.row_mean(losses.kl(mine[kind][0], of_o[kind][0]), mask) for kind in "rp")
+        l_r = sum(losses.row_mean(losses.kl(mine[k][0], o[k][0]), mask) for k in "rp") / 2
         if not npo:
-            l_r = l_r + sum(losses.rmu_retain(mine[kind][1], of_o[kind][1], mask) for kind in "rp")
-        l_vn = losses.value_norm(mine["f"][2], of_u[2]) + \
-            losses.value_norm(mine["p"][2], of_o["p"][2]) if cfg.lam else torch.zeros_like(l_f)
-        return l_f, l_r / 2, l_vn
+            l_r += sum(losses.rmu_retain(mine[k][1], o[k][1], mask) for k in "rp") / 2
+        if not cfg.lam:
+            return l_f, l_r, torch.zeros_like(l_f)
+        return l_f, l_r, sum(losses.value_norm(mine[k][2], of[k][2]) for k, of in
+                             (("f", u), ("p", o)))
 
     with ExitStack() as stack:
         captured = {model: stack.enter_context(hooks.capture_norms(model, layers, cfg.k))
@@ -172,7 +163,7 @@ def fair(args, cfg):
 
 
 def timed(terms, model, cfg, steps):
-    """One step and then the fastest of `steps`; the first one's loss and terms; the peak."""
+    """Seconds of the fastest of `steps` steps after a first one; the first one's losses."""
     params = [p for p in model.parameters() if p.requires_grad]
     optim = torch.optim.AdamW(params, cfg.lr, eps=1e-8, weight_decay=0.0, fused=True)
     spent, found = [], []
@@ -186,10 +177,7 @@ def timed(terms, model, cfg, steps):
         optim.zero_grad()
         found.append([float(term.detach()) for term in (loss, l_f, l_r, l_vn)])  # waits for a GPU
         spent.append(clock() - start)
-    cuda = evaluate.DEVICE == "cuda"
-    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return dict(seconds=min(spent[1:]), GB=peak, losses=found[0])
+    return dict(seconds=min(spent[1:]), losses=found[0])
 
 
 def flops(args, cfg):
@@ -208,8 +196,6 @@ def flops(args, cfg):
 
 
 def step(args):
-    if args.share and args.method == "npo":
-        sys.exit("--share: NPO trains all weights, so none can be shared")
     cfg = setting_of(args)
     if args.variant:
         return print(json.dumps(dict(ours=ours, fair=fair)[args.variant](args, cfg)))
@@ -224,13 +210,13 @@ def step(args):
     print(f"{args.size}: {args.method}, lam {args.lam:g}, depth {args.depth}, {cfg.batch} triples "
           f"of T {cfg.T}, {evaluate.DEVICE}, {torch.get_num_threads()} threads")
     for variant, row in best.items():
-        print(f"  {variant}: {row['seconds']:.3f} s, peak {row['GB']:.2f} GB, loss, l_f, l_r, l_vn "
-              + " ".join(f"{value:.6g}" for value in row["losses"]))
+        print(f"  {variant} {row['seconds']:.3f} s, loss l_f l_r l_vn",
+              *(f"{value:.6g}" for value in row["losses"]))
+    fast, slow = best["ours"], best["fair"]
     count_ours, count_fair = flops(args, cfg)
-    print(f"  fair / ours: {best['fair']['seconds'] / best['ours']['seconds']:.2f}x, by FLOPs "
+    print(f"  fair / ours: {slow['seconds'] / fast['seconds']:.2f}x, by FLOPs "
           f"{count_fair / count_ours:.2f}x")
-    assert all(abs(a - b) <= 1e-4 * abs(b) for a, b in
-               zip(best["ours"]["losses"], best["fair"]["losses"])), "the losses differ"
+    assert all(abs(a - b) <= 1e-4 * abs(b) for a, b in zip(fast["losses"], slow["losses"]))
 
 
 # ---------------------------------------------------------------- memory of 4 ranks
@@ -264,73 +250,77 @@ def memory(args):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     mesh = init_device_mesh("cpu", (4,))
     train.init_device_mesh = lambda *shape: mesh  # it reads a tensor, which fake ones refuse
-    for method, recompute in (("npo", "yes"), ("rmu", "yes"), ("rmu", "no")):
+    for method, recompute, micro in (("npo", "yes", 2), ("npo", "yes", 1), ("rmu", "yes", 1),
+                                     ("rmu", "no", 1)):
         cfg = evaluate.parse(train.Config, [
             "--bench", "muse_books", "--method", method, "--precision", "bf16_mixed",
-            "--recompute", recompute], train.table_row)
+            "--recompute", recompute, "--micro", str(micro)], train.table_row)
         with FakeTensorMode(allow_non_fake_inputs=True):
             peak = fake_steps(cfg)
-        print(f"4 ranks, 7B, T {cfg.T}, 1 triple a rank, {method}, {cfg.precision}, recompute "
-              f"{recompute}: peak {peak / 1e9:.1f} GB a rank", flush=True)
+        print(f"4 ranks, 7B, T {cfg.T}, {micro} triples a forward, {method}, {cfg.precision}, "
+              f"recompute {recompute}: peak {peak / 1e9:.1f} GB a rank", flush=True)
 
 
 def fake_steps(cfg):
     torch.set_default_dtype(torch.bfloat16)
-    model = random_model(argparse.Namespace(size="7b", depth=32, share=False), 0)
+    model = random_model(argparse.Namespace(size="7b", depth=32), 0)
     torch.set_default_dtype(torch.float32)
     hooks.set_trainable(model, cfg.trainable)
-    splits, batch = data.Splits(*[[[0] * cfg.T]] * 3, [], []), data.Batch([0], [0], [0])
-    wide, norms_o = torch.zeros(cfg.T, 4096, dtype=torch.bfloat16), torch.zeros(32, cfg.k, 32)
-    rows = {(name, kind): {0: value} for name, value in (
-        ("hidden", wide), ("acts", wide), ("norms", norms_o), ("logp", torch.zeros(cfg.T - 1)))
-        for kind in "frp"}
-    refs = train.References(splits, [[batch]], hooks.output_head(model).detach().clone(),
-                            torch.zeros(4096), rows)
+    wide, ids = torch.zeros(cfg.T, 4096, dtype=torch.bfloat16), [[0] * cfg.T]
+    values = dict(hidden=wide, acts=wide, norms=torch.zeros(32, cfg.k, 32),
+                  logp=torch.zeros(cfg.T - 1))
+    rows = {(name, kind): {0: value} for name, value in values.items() for kind in "frp"}
+    refs = train.References(data.Splits(ids, ids, ids, [], []), [],
+                            hooks.output_head(model).clone(), torch.zeros(4096), rows)
     train.shard(model, cfg)
     params = [p for p in model.parameters() if p.requires_grad]
-    local = [torch.nn.Parameter(getattr(p.detach(), "_local_tensor", p.detach())) for p in params]
-    optim = torch.optim.AdamW(local, 1e-5, fused=True)  # on DTensors it counts global shapes
+    parts = [torch.nn.Parameter(local(p)) for p in params]  # Adam on DTensors counts whole shapes
+    optim, batch = torch.optim.AdamW(parts, 1e-5, fused=True), data.Batch(*[[0] * cfg.micro] * 3)
     with hooks.capture_norms(model, range(32), cfg.k) as norms, Peak() as seen:
         for tensor in (*model.parameters(), refs.head):
-            seen.add(getattr(tensor.data, "_local_tensor", tensor.data))
+            seen.add(local(tensor))
         for _ in range(2):
             l_f, l_r, l_vn = model.losses_of(batch, refs, norms, cfg)
             (l_f + cfg.gamma * l_r + cfg.lam * l_vn).backward()
-            for p, part in zip(params, local):
-                part.grad, p.grad = getattr(p.grad, "_local_tensor", p.grad), None
+            for p, part in zip(params, parts):
+                part.grad, p.grad = local(p.grad), None
             optim.step()
             optim.zero_grad()
         return seen.peak
+
+
+def local(tensor):
+    return getattr(tensor.detach(), "_local_tensor", tensor.detach())
 
 
 # ---------------------------------------------------------------- scoring
 
 def muse_books(home, tok):
     """Invented rows in MUSE's layout, as many and as long as its own."""
-    rng = random.Random(0)
-    words = " ".join(text for text, in data.read(f"{data.TOY}/books", "raw", "forget", ["text"]))
+    words = [text for text, in data.read(f"{data.TOY}/books", "raw", "forget", ["text"])]
+    rng, words = random.Random(0), " ".join(words).split()
 
-    def text(tokens):
-        return tok.decode(data.encode(tok, " ".join(rng.choices(words.split(), k=tokens)))[:tokens])
+    def text(low, high):
+        tokens = rng.randrange(low, high)
+        return tok.decode(data.encode(tok, " ".join(rng.choices(words, k=tokens)))[:tokens])
 
-    tables = {f"knowmem/{split}": [dict(question=text(rng.randrange(10, 20)) + "?", answer=text(6))
-                                   for _ in range(10 if split.endswith("icl") else 100)]
-              for split in ("forget_qa", "forget_qa_icl", "retain_qa", "retain_qa_icl")}
-    tables["verbmem/forget"] = [dict(prompt=text(rng.randrange(988, 1025)), gt=text(140))
-                                for _ in range(100)]
+    tables = {f"knowmem/{split}_qa{end}": [dict(question=text(10, 20), answer=text(5, 8))
+                                           for _ in range(rows)]
+              for split in ("forget", "retain") for end, rows in (("", 100), ("_icl", 10))}
+    tables["verbmem/forget"] = [dict(prompt=text(988, 1025), gt=text(140, 141)) for _ in range(100)]
     for name, rows in tables.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / f"{name}.json").write_text(json.dumps(rows))
 
 
 def scoring(args):
-    home, tok = Path(tempfile.mkdtemp()), AutoTokenizer.from_pretrained(f"{data.TOY}/model")
+    home, tok = Path(tempfile.mkdtemp()), AutoTokenizer.from_pretrained(args.model)
     muse_books(home, tok)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tok), hidden_size=512, intermediate_size=1376, num_hidden_layers=5,
+        vocab_size=len(tok), hidden_size=256, intermediate_size=688, num_hidden_layers=4,
         num_attention_heads=8, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1)).eval().requires_grad_(False)
+        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)).eval().requires_grad_(False)
     model.save_pretrained(home / "model")
     for task in ("knowmem_f", "knowmem_r", "verbmem_f"):
         spent, said = {}, {}
@@ -352,23 +342,22 @@ def lm_eval(args):
                                             "fp32"], evaluate.run_row)
     tok, rows = evaluate.load_tokenizer(cfg), [json.loads(line) for line in open(args.rows)]
     model = evaluate.load_model(args.model, cfg)
-    for row in rows:
-        row["texts"] = row["choices"] if row["task"].startswith("truthful") else list("ABCD")
-    items = [evaluate.Question(row["context"], row["texts"], 0) for row in rows]
-    asked = [Instance("loglikelihood", {}, (row["context"], " " + text), 0)
-             for row in rows for text in row["texts"]]
-    for bos in ("no", "yes"):
-        cfg = replace(cfg, add_bos=bos)
-        theirs = HFLM(pretrained=model, tokenizer=tok, batch_size=8, add_bos_token=bos == "yes")
+    items = [evaluate.Question(row["context"], list("ABCD") if row["task"].startswith("mmlu") else
+                               row["choices"], 0) for row in rows]
+    asked = [Instance("loglikelihood", {}, (item.context, f" {choice}"), 0)
+             for item in items for choice in item.choices]
+    for cfg.add_bos in ("no", "yes"):
+        hflm = HFLM(pretrained=model, tokenizer=args.model, batch_size=8,  # a name: BOS needs it
+                    add_bos_token=cfg.add_bos == "yes")
         start = clock()
         got = list(evaluate.choice_rows("mmlu", items, [], model, tok, cfg, "ours"))
         middle = clock()
-        want = iter([ll for ll, _ in theirs.loglikelihood(asked)])
+        found = iter([ll for ll, _ in hflm.loglikelihood(asked)])
         end = clock()
-        want = [[next(want) for _ in row["texts"]] for row in rows]
+        want = [[next(found) for _ in item.choices] for item in items]
         same = sum(a["pred"] == b.index(max(b)) for a, b in zip(got, want))
         worst = max(abs(x - y) for a, b in zip(got, want) for x, y in zip(a["lls"], b))
-        print(f"BOS {bos}: {same} of {len(rows)} predictions equal, log-likelihoods within "
+        print(f"BOS {cfg.add_bos}: {same} of {len(rows)} predictions equal, log-likelihoods within "
               f"{worst:.1e}; ours {middle - start:.1f} s, lm-eval {end - middle:.1f} s")
 
 
@@ -383,8 +372,7 @@ def main():
     parser.add_argument("--lam", type=float, default=3e-4)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--share", action="store_true")
-    parser.add_argument("--model")
+    parser.add_argument("--model", default=f"{data.TOY}/model")
     parser.add_argument("--rows")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -72,7 +72,8 @@ def test_pages_are_cut_chunks_run_on_and_rows_are_padded_on_the_right(tok):
     assert data.to_rows(texts, tok, 4, "pages") == [[0, *first[:3]], [0, *second[:3]]]
     assert data.to_rows(texts, tok, len(both) + 1, "chunks") == [[0, *both]]
     ids, mask = data.pad_rows([[1, 2, 3], [1]])
-    assert mask.tolist() == [[True] * 3, [True, False, False]] and ids[mask].tolist() == [1, 2, 3, 1]
+    assert mask.tolist() == [[True] * 3, [True, False, False]]
+    assert ids[mask].tolist() == [1, 2, 3, 1]
 
 # ---------------------------------------------------------------- readers
 
@@ -183,10 +184,11 @@ def test_WMDPs_topics_take_turns_and_are_poisoned_by_themselves(corpora, tok):
     splits = splits_of(corpora, tok, "wmdp")
     assert splits.topics == [Topic(range(60), range(6)), Topic(range(60, 160), range(6, 16))]
     assert [row < 60 for row in splits.p_index] == [True] * 6 + [False] * 10
-    for step in range(8):
-        batch, topic = batch_at(step, splits, 4, 0), splits.topics[step % 2]
-        assert set(batch.f) <= set(topic.f) and set(batch.p) <= set(topic.p)
     assert data.steps_per_epoch(splits.topics, 4) == 2 * 60 // 4 and len(splits.r) == 30
+    for number, topic in enumerate(splits.topics):  # a pass over bio and as much of cyber
+        batches = [batch_at(step, splits, 4, 0) for step in range(number, 30, 2)]
+        f, p = (sum((getattr(batch, kind) for batch in batches), []) for kind in "fp")
+        assert len(set(f)) == 60 and set(f) <= set(topic.f) and set(p) == set(topic.p)
 
 def problem(n_f=12, n_r=7, n_p=5):
     """Rows' contents do not matter to the order."""

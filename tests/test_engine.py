@@ -13,6 +13,7 @@ from conftest import config, tiny_flags
 from safetensors.torch import load_file
 
 import evaluate
+import losses
 import train
 from data import Refused
 
@@ -26,7 +27,10 @@ def log_of(home):
     return [json.loads(line) for line in (home / "log.jsonl").read_text().splitlines()]
 
 def equal(log, other, rel=1e-5):
-    """Every term of every step, to fp32's rounding in another order of summation."""
+    """Every term of every step but for fp32's rounding in another order of summation.
+
+    1e-7: l_r and l_vn subtract nearly equal numbers. Losses seen to differ by 4e-7 of their value.
+    """
     assert [row["step"] for row in log] == [row["step"] for row in other]
     for row, its in zip(log, other):
         for term in ("loss", "l_f", "l_r", "l_vn"):
@@ -42,22 +46,19 @@ def test_micro_batches_equal_one_batch(method, folder, tok, one, tmp_path):
     assert log[0]["gnorm"] == pytest.approx(its[0]["gnorm"], rel=1e-5)
     assert all(torch.allclose(weights[name], other[name], atol=1e-5) for name in weights)
 
-@pytest.mark.parametrize("method", ["npo", "rmu"])
 def test_mixed_precision_trains_fp32_masters_and_saves_bf16(
-        method, folder, tok, one, tmp_path, monkeypatch):
+        folder, tok, one, tmp_path, monkeypatch):
     real, masters = train.fit, []
 
     def fit(model, *args):
-        masters.extend((p.dtype, p.requires_grad) for p in model.parameters())
+        masters.extend(p.dtype for p in model.parameters() if p.requires_grad)
         real(model, *args)
     monkeypatch.setattr(train, "fit", fit)
-    _, weights, log = run(folder, tok, tmp_path / "mixed", method, precision="bf16_mixed")
-    _, _, exact = run(folder, tok, tmp_path / "fp32", method)
-    assert masters and all(dtype == (torch.float32 if trains else torch.bfloat16)
-                           for dtype, trains in masters[:len(weights)])
-    assert {p.dtype for p in weights.values()} == {torch.bfloat16}
-    assert log[0]["l_f"] == pytest.approx(exact[0]["l_f"], rel=0.02)
-    assert log[0]["gnorm"] == pytest.approx(exact[0]["gnorm"], rel=0.1)
+    _, weights, [first, *_] = run(folder, tok, tmp_path / "mixed", "rmu", precision="bf16_mixed")
+    assert masters == [torch.float32] and {p.dtype for p in weights.values()} == {torch.bfloat16}
+    _, _, [exact, *_] = run(folder, tok, tmp_path / "fp32", "rmu")
+    assert first["l_f"] == pytest.approx(exact["l_f"], rel=0.02)
+    assert first["gnorm"] == pytest.approx(exact["gnorm"], rel=0.1)
 
 # ---------------------------------------------------------------- stop and go on
 
@@ -98,41 +99,39 @@ def test_without_resume_a_run_begins_anew(folder, tok, one, tmp_path, monkeypatc
 
 # ---------------------------------------------------------------- nothing stale
 
-def edit_data(home):
+def edit_data(home, patch):
     file = home / "books/raw/retain1.json"
     file.write_text(file.read_text().replace("noon", "dusk"))
 
-def edit_weights(home):
+def edit_weights(home, patch):
     model = transformers.AutoModelForCausalLM.from_pretrained(home / "model")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
     model.save_pretrained(home / "model")
 
-def edit_code(home):
-    (home / "losses.py").write_text((home / "losses.py").read_text() + "\n# edited\n")
+def edit_code(home, patch):
+    assert evaluate.SOURCE["losses"] == Path(losses.__file__).read_bytes()
+    patch.setitem(evaluate.SOURCE, "losses", evaluate.SOURCE["losses"] + b"# edited")
 
 @pytest.fixture
-def home(folder, tmp_path, monkeypatch):
-    """A copy of the tiny folder and of the scripts, to be changed."""
-    home = shutil.copytree(folder, tmp_path / "home")
-    for script in Path(train.__file__).parent.glob("*.py"):
-        shutil.copy(script, home)
-    monkeypatch.setattr(evaluate, "__file__", str(home / "evaluate.py"))
-    return home
+def home(folder, tmp_path):
+    """A copy of the tiny folder, to be changed."""
+    return shutil.copytree(folder, tmp_path / "home")
 
 @pytest.mark.parametrize("edit", [edit_data, edit_weights, edit_code])
-def test_theta_u_is_reused_until_what_it_was_made_from_changes(edit, home, tok, one, tmp_path):
+def test_theta_u_is_reused_until_what_it_was_made_from_changes(
+        edit, home, tok, one, tmp_path, monkeypatch):
     def theta_u():
         made = train.stage(train.plain(config(tiny_flags(home, tmp_path / "out"))), tok)
         return made, (made / "run.json").stat().st_mtime_ns
-    first, second, _ = theta_u(), theta_u(), edit(home)
+    first, second, _ = theta_u(), theta_u(), edit(home, monkeypatch)
     third = theta_u()
     assert first == second and third[0] == first[0] and third[1] > first[1]
 
 @pytest.mark.parametrize("edit", [edit_data, edit_weights, edit_code])
 def test_resume_goes_on_from_the_same_inputs_alone(edit, home, tok, one, tmp_path, monkeypatch):
     killed(monkeypatch, 2, home, tok, tmp_path / "out")
-    edit(home)
-    with pytest.raises(Refused, match="other settings, code, data or weights.*without --resume"):
+    edit(home, monkeypatch)
+    with pytest.raises(Refused, match="other settings, code, data or weights"):
         run(home, tok, tmp_path / "out", resume=True)
     assert [path.name for path in tmp_path.glob("out/toy/*.tmp/ckpt*")] == ["ckpt-2"]
 

@@ -1,7 +1,6 @@
 """MUSE's protocol, generation, the files of scores, what is refused before anything is written."""
 import importlib.util
 import json
-import multiprocessing
 import re
 import shutil
 from pathlib import Path
@@ -193,23 +192,23 @@ def test_a_score_is_reused_until_what_it_was_made_from_changes(changed, place, m
     if changed == "weights":
         damage(0.0)
     if changed == "losses.py":
-        for name in ("losses", "hooks", "data", "evaluate"):
-            shutil.copy(Path(evaluate.__file__).with_name(f"{name}.py"), ".")
-        Path("losses.py").open("a").write("\n")
-        monkeypatch.setattr(evaluate, "__file__", str(Path("evaluate.py").resolve()))
+        monkeypatch.setitem(evaluate.SOURCE, "losses", b"edited")
     if changed == "precision":
         flags += ["--precision", "bf16_pure"]
     now = call(*flags)
     assert len(loads) == 1 + (changed != "nothing") and (now == before) == (changed == "nothing")
 
 
-def test_two_calls_side_by_side_lose_nothing(place):
-    fork, triggers = multiprocessing.get_context("fork"), ("!!!!!", "?????")
-    jobs = [fork.Process(target=call, args=("--tasks", "verbmem", "--trigger", trigger))
-            for trigger in triggers]
-    [job.start() for job in jobs], [job.join() for job in jobs]
-    names = [json.loads(file.read_text())["condition"] for file in Path().glob("**/scores/*")]
-    assert sorted(names) == ["clean", *(f"prefix: {trigger}" for trigger in triggers)]
+def test_a_call_while_another_scores_loses_nothing(place, monkeypatch):
+    def interrupted(*args):
+        monkeypatch.setattr(evaluate, "run_task", run_task)
+        call("--tasks", "verbmem", "--trigger", "?????")
+        return run_task(*args)
+
+    run_task = evaluate.run_task
+    monkeypatch.setattr(evaluate, "run_task", interrupted)
+    found = call("--tasks", "verbmem", "--trigger", "!!!!!").values()
+    assert sorted(s["condition"] for s in found) == ["clean", "prefix: !!!!!", "prefix: ?????"]
 
 
 def test_a_run_is_scored_with_its_own_data_trigger_and_position(place):
@@ -251,8 +250,8 @@ REFUSED = {  # what is spoiled, and the words that must name it
     "tokenizer larger than the model": (lengthen_tokenizer, "301.*--tokenizer"),
     "no Latin letter or digit": (lambda: edit("books/knowmem/retain_qa.json", lambda rows: rows[
         2].update(answer="北港")), "row 2: .*北港"),
-    "prompt longer than the window": (lambda: edit("model/config.json", lambda config: config.update(
-        max_position_embeddings=99)), r"knowmem_f: \d+ tokens"),
+    "prompt longer than the window": (lambda: edit("model/config.json", lambda config:
+        config.update(max_position_embeddings=99)), r"knowmem_f: \d+ tokens"),
     "TruthfulQA offline": (lambda: None, "truthfulqa/.*--tasks"),
     "tokenizer.model alone": (leave_sentencepiece_alone, "model .* sentencepiece.* protobuf"),
 }

