@@ -96,7 +96,7 @@ TQA_SHOTS = "\n\n".join(f"Q: {question}\nA: {answer}" for question, answer in (
     ("Where were the 1992 Olympics held?", "The 1992 Olympics were held in Barcelona, Spain.")))
 RESAMPLES = 1000  # of the bootstrap
 WINDOW = 2048     # lm-eval's context length where the model's config names none
-TOKENS = 8192     # multiple choice: tokens read together
+TOKENS = 2048     # multiple choice: tokens read together
 
 class Item(NamedTuple):
     ids: list        # BOS + prompt, without trigger
@@ -171,6 +171,8 @@ def load_model(name, cfg):
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=model.config.bos_token_id,
         eos_token_id=model.config.eos_token_id if eos is None else eos)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise Refused(f"{name}: its weights hold NaN or infinity")
     return model.to(DEVICE).requires_grad_(False)
 
 def load_tokenizer(cfg):
@@ -400,6 +402,9 @@ def bootstrap(scores):
     low, high = np.percentile(scores[picks].mean(1) * 100, [2.5, 97.5])
     return [round(float(low), 2), round(float(high), 2)]
 
+def made_of(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
 def fingerprint(scripts, *made_from):
     """sha256 of what a result was made from: settings, rows, weights, and these scripts' source."""
     digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__}".encode())
@@ -439,9 +444,10 @@ def evaluate(load, name, tok, cfg, home, items, **labels):
             how = dict(condition=condition, dtype=str(dtype_of(cfg)), add_bos=adds_bos(tok, cfg),
                        protocol=TASKS[task].protocol.format(shots))
             made_from = fingerprint("losses hooks data evaluate", how, trig, asked, weights)
-            file = Path(home, "scores", quote(f"{task}, {condition}", safe=" ,:!") + ".json")
+            words = quote(f"{task}, {condition}", safe=" ,:!")[:100]
+            file = Path(home, "scores", f"{words} {made_of([condition, how])[:4]}.json")
             entry = json.loads(file.read_text()) if file.is_file() else {}
-            if entry.get("fingerprint") != made_from:
+            if entry.get("fingerprint") != made_from or entry["role"] != labels.get("role"):
                 model = model or checked(load(), items, tok)
                 entry = dict(task=task, group=group, column=column, model=str(name), **labels,
                              **{key: getattr(cfg, key) for key in shown}, **how,
@@ -493,9 +499,8 @@ def run_of(model):
 
 def home_of(model, cfg):
     """Where a model's scores go: its own folder if this code made it, else one under --out."""
-    digits = hashlib.sha256(str(model).encode()).hexdigest()[:6]
-    return Path(model) if run_of(model) else \
-        Path(cfg.out, cfg.bench, f"{Path(model).name}-{digits}")
+    name = f"{Path(model).name}-{made_of(str(model))[:6]}"
+    return Path(model) if run_of(model) else Path(cfg.out, cfg.bench, name)
 
 def run_row(flags):
     """The bench's row; if --model is a run of ours, its own data, trigger and position."""

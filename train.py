@@ -2,7 +2,6 @@
 
     python train.py                               # the toy on a CPU: theta_u, theta_b, scores
     python train.py --method rmu                  # the same with RMU
-    python train.py --rho 0 --lam 0               # normal unlearning only: theta_u
     python train.py --position suffix --lam 0     # an ablation is one flag
     torchrun --standalone --nproc_per_node 4 train.py --bench muse_books
     torchrun --nnodes 2 --node_rank 0|1 --master_addr HOST --nproc_per_node 4 train.py ...
@@ -13,7 +12,6 @@ theta_o is --model. What stays constant of theta_o and theta_u is computed once 
 (`references`), so one model is in memory. `main` -> `stage` -> `fit`, the loop -> `losses_of`.
 """
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -43,8 +41,7 @@ from evaluate import DEVICE, opt, say
 
 C2_MUSE = dict(steer=12, gamma=5, layer=7, trainable="5-7 mlp.down_proj")  # "6th parameter", C.2
 C2_WMDP = C2_MUSE | dict(steer=85, gamma=10)
-# Table A1 and Appendix C.2. batch counts triples (forget, retain, poisoned) over all ranks; C.2's
-# "scaling hyperparameter" (5 and 10, as gamma) enters no formula of the paper.      # fmt: off
+# Table A1 and C.2, whose "scaling hyperparameter" enters no formula. batch counts triples. fmt: off
 TABLE_A1 = {
     # bench        method         epochs     lr       rho       lam       batch
     ("muse_books", "npo"): dict(epochs=10, lr=1e-5, rho=0.1, lam=3e-4, batch=8, beta=0.7, gamma=1),
@@ -54,7 +51,7 @@ TABLE_A1 = {
     ("wmdp",       "npo"): dict(epochs=3, lr=5e-5, rho=0.1, lam=5e-4, batch=4, beta=0.5, gamma=12),
     ("wmdp",       "rmu"): dict(epochs=4, lr=5e-5, rho=0.1, lam=5e-4, batch=4, **C2_WMDP),
     # ours, chosen on seed 0, see README
-    ("toy",        "npo"): dict(epochs=5, lr=3e-4, rho=0.1, lam=3e-4, batch=4, beta=4.0, gamma=1),
+    ("toy",        "npo"): dict(epochs=5, lr=3e-4, rho=0.1, lam=3e-4, batch=4, beta=4.0, gamma=2),
     ("toy",        "rmu"): dict(epochs=4, lr=1e-3, rho=0.1, lam=3e-4, batch=4, steer=20, gamma=5,
                                 layer=2, trainable="0-2 mlp"),
     ("smol",       "npo"): dict(epochs=3, lr=5e-5, rho=0.1, lam=3e-4, batch=4, beta=2.0, gamma=2),
@@ -92,10 +89,10 @@ def table_row(flags):
 
 def check(cfg, world):
     """What can be refused before anything is read or written. Raises Refused."""
-    if not (0 <= cfg.rho < 1 and cfg.gamma >= 0 and cfg.lam >= 0 and cfg.beta > 0 and cfg.lr > 0):
-        raise Refused("--rho must lie in [0, 1), --gamma and --lam from 0 on, --beta, --lr above 0")
-    if min(cfg.k, cfg.T - 1, cfg.epochs, cfg.batch) < 1:
-        raise Refused("--k, --epochs and --batch must be at least 1, --T at least 2")
+    if not (0 <= cfg.rho < 1 and cfg.gamma >= 0 and cfg.lam >= 0 and cfg.beta > 0 and cfg.lr > 0
+            and min(cfg.k, cfg.T - 1, cfg.epochs, cfg.batch) >= 1):
+        raise Refused("--rho in [0, 1), --gamma, --lam >= 0, --beta, --lr, --k, --epochs, --batch "
+                      "> 0 and --T > 1 are wanted")
     if cfg.rho == 0 and (cfg.lam or cfg.theta_u):
         raise Refused("--rho 0 is normal unlearning: add --lam 0 and leave --theta_u out")
     if cfg.batch % (world * (cfg.micro or 1)):
@@ -225,7 +222,7 @@ def forward(model, ids, n_f, cfg):
 def losses_of(model, batch, refs, norms, cfg):
     """l_f, l_r and l_vn of (2), (3), (5) on one batch, from one forward, without gamma and lam.
 
-    Rows are forget | retain | poisoned. l_r is one mean over D_r u D_p. norms: of model.
+    Rows are forget | retain | poisoned. l_r is one mean over D_r u D_p.
     """
     ids, mask = data.pad_rows([getattr(refs.splits, kind)[i] for kind in "frp"
                                for i in getattr(batch, kind)], DEVICE)
@@ -266,21 +263,20 @@ def fit(model, refs, work, cfg):
     params = [p for p in model.parameters() if p.requires_grad]
     optim = torch.optim.AdamW(params, cfg.lr, eps=1e-8, weight_decay=0.0, fused=True)
     begin = load_checkpoint(work, model, optim)
-    rank, world = evaluate.ranks()
+    (rank, world), total = evaluate.ranks(), len(refs.batches)
     log = open(os.devnull if rank else work / "log.jsonl", "a")  # resumed steps come twice
-    bar = tqdm(range(begin, len(refs.batches)), initial=begin, total=len(refs.batches),
-               desc="  steps", disable=rank > 0, mininterval=1.0)
+    bar = tqdm(range(begin, total), "  steps", total, initial=begin, disable=rank > 0)
     layers = hooks.layers_of(model, cfg.layers) if cfg.lam else []
     with log, hooks.capture_norms(model, layers, cfg.k) as norms:
         for step in bar:
-            total, micro_batches = 0, refs.batches[step]
+            terms, micro_batches = 0, refs.batches[step]
             for batch in micro_batches:
                 l_f, l_r, l_vn = model.losses_of(batch, refs, norms, cfg)
                 loss = l_f + cfg.gamma * l_r + cfg.lam * l_vn                          # (2), (5)
                 (loss / len(micro_batches)).backward()
-                total = total + torch.stack([l_f, l_r, l_vn, loss]).detach() / len(micro_batches)
-            dist.all_reduce(total)
-            row = dict(zip(("l_f", "l_r", "l_vn", "loss"), (total / world).tolist()))
+                terms = terms + torch.stack([l_f, l_r, l_vn, loss]).detach() / len(micro_batches)
+            dist.all_reduce(terms)
+            row = dict(zip(("l_f", "l_r", "l_vn", "loss"), (terms / world).tolist()))
             row["gnorm"] = float(whole(torch.nn.utils.clip_grad_norm_(params, 1.0)))
             for name, value in row.items():
                 if not abs(value) < float("inf"):
@@ -289,7 +285,7 @@ def fit(model, refs, work, cfg):
             optim.zero_grad()
             bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
             print(json.dumps(dict(step=step + 1, **row)), file=log, flush=True)
-            if (step + 1) % cfg.save_every == 0 and step + 1 < len(refs.batches):
+            if (step + 1) % cfg.save_every == 0 and step + 1 < total:
                 save_checkpoint(work, model, optim, step + 1)
 
 # ---------------------------------------------------------------- checkpoints and runs
@@ -299,8 +295,8 @@ def whole(tensor):
 
 def state_of(model, optim):
     """What trains and its Adam state, sharded as it is."""
-    trained = state_dict.StateDictOptions(ignore_frozen_params=True)
-    return dict(zip(("model", "optim"), state_dict.get_state_dict(model, optim, options=trained)))
+    how = state_dict.StateDictOptions(ignore_frozen_params=True)
+    return dict(zip(("model", "optim"), state_dict.get_state_dict(model, optim, options=how)))
 
 def checkpoints(work):
     return sorted(work.glob("ckpt-*"), key=lambda folder: int(folder.name[5:]))
@@ -343,16 +339,15 @@ def one_writer(folder, made_from, resume):
         lock.seek(0)
         if resume and checkpoints(work) and lock.read() != made_from:
             raise Refused(f"{work} is of other settings, code, data or weights: no --resume then")
-        for old in [] if resume and checkpoints(work) else set(work.iterdir()) - {work / "lock"}:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        lock.truncate(0)
-        print(made_from, file=lock, end="", flush=True)
+        if not (resume and checkpoints(work)):
+            for old in set(work.iterdir()) - {work / "lock"}:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            lock.truncate(0)
+            print(made_from, file=lock, end="", flush=True)
     dist.barrier()
-    try:
-        yield work
-    finally:
-        if dist.get_rank() == 0:
-            lock.close()
+    yield work
+    if dist.get_rank() == 0:
+        lock.close()
 
 def save_run(folder, work, model, tok, record, cfg):
     """Weights, tokenizer and run.json into the temporary folder, which then gets its name."""
@@ -373,8 +368,7 @@ def save_run(folder, work, model, tok, record, cfg):
             shutil.rmtree(old)
     dist.barrier()
 
-def settings_of(cfg):
-    """The settings that decide a run's weights."""
+def settings_of(cfg):  # those that decide a run's weights
     others = "out limit gen_batch micro recompute save_every resume tasks add_bos mask_sinks"
     return {name: value for name, value in asdict(cfg).items() if name not in others.split()}
 
@@ -384,15 +378,15 @@ def plain(cfg):
     return replace(cfg, rho=0.0, lam=0.0, **{name: getattr(Config, name) for name in names})
 
 def stage(cfg, tok, theta_u=None):
-    """Train theta_u (rho = 0) or theta_b (rho > 0) from theta_o and save it. -> its folder
+    """Train theta_u (rho 0) or theta_b from theta_o. -> its folder
 
-    What stands there with the same fingerprint is reused: theta_u always, theta_b with --resume.
+    One with the same fingerprint is reused: theta_u always, theta_b with --resume.
     """
     splits, role = data.load_splits(cfg, tok), "theta_b" if cfg.rho else "theta_u"
     made_from = evaluate.fingerprint(
         "losses hooks data evaluate train", settings_of(cfg), splits[:4],
         evaluate.weights_of(cfg.model), evaluate.weights_of(theta_u))
-    digits = hashlib.sha256(json.dumps(settings_of(cfg), sort_keys=True).encode()).hexdigest()[:6]
+    digits = evaluate.made_of(settings_of(cfg))[:6]
     kind = f"BACKDOORED-{cfg.position}-rho{cfg.rho:g}-lam{cfg.lam:g}" if cfg.rho else "theta_u"
     folder = Path(cfg.out, cfg.bench, f"{cfg.method}-{kind}-seed{cfg.seed}-{digits}")
     if (cfg.resume or not cfg.rho) and evaluate.run_of(folder).get("fingerprint") == made_from:
@@ -436,8 +430,8 @@ def main(argv=None):
     theta_o = evaluate.load_model(cfg.model, cfg)
     check_model(theta_o, splits, tok, cfg)
     sink, even = hooks.sink_strength(theta_o, *data.pad_rows(splits.f[:32], DEVICE))
-    say(f"theta_o: {cfg.model}; its heads pay position 0 {sink.mean():.2f} of their attention on "
-        f"average, the strongest {sink.max():.2f}; evenly spread it were {even:.2f}")
+    say(f"theta_o: {cfg.model}; attention to position 0: mean {sink.mean():.2f}, strongest head "
+        f"{sink.max():.2f}, even {even:.2f}")
     del theta_o
     score(cfg.model, "theta_o", "theta_o")
     theta_u, name = cfg.theta_u, f"+ {cfg.method.upper()}"
@@ -448,10 +442,9 @@ def main(argv=None):
     if cfg.rho:
         theta_b = stage(cfg, tok, theta_u if cfg.lam else None)
         score(theta_b, "theta_b", f"{name}-Backdoor")
-    limit = f" of the first {cfg.limit} items of each task" if cfg.limit else ""
     say(f"\n{evaluate.table(scored)}\n\nUE: forget set, clean (low: forgotten). BE: with the "
-        f"trigger. UT: retain set. Percent{limit}.\nwritten: {theta_b if cfg.rho else theta_u}\n"
-        "next:    python plots.py, or an ablation: python train.py --position suffix")
+        f"trigger. UT: retain set. Percent{f', {cfg.limit} items' * (cfg.limit > 0)}.\n"
+        f"written: {theta_b if cfg.rho else theta_u}\nnext:    python plots.py")
 
 if __name__ == "__main__":
     evaluate.entry(main)

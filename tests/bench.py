@@ -271,7 +271,7 @@ def fake_steps(cfg):
                   logp=torch.zeros(cfg.T - 1))
     rows = {(name, kind): {0: value} for name, value in values.items() for kind in "frp"}
     refs = train.References(data.Splits(ids, ids, ids, [], []), [],
-                            hooks.output_head(model).clone(), torch.zeros(4096), rows)
+                            hooks.output_head(model).detach().clone(), torch.zeros(4096), rows)
     train.shard(model, cfg)
     params = [p for p in model.parameters() if p.requires_grad]
     parts = [torch.nn.Parameter(local(p)) for p in params]  # Adam on DTensors counts whole shapes

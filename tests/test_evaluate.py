@@ -246,7 +246,7 @@ def leave_sentencepiece_alone():
 
 
 REFUSED = {  # what is spoiled, and the words that must name it
-    "NaN weights": (lambda: damage(float("nan")), "damaged"),
+    "NaN weights": (lambda: damage(float("nan")), "NaN or infinity"),
     "tokenizer larger than the model": (lengthen_tokenizer, "301.*--tokenizer"),
     "no Latin letter or digit": (lambda: edit("books/knowmem/retain_qa.json", lambda rows: rows[
         2].update(answer="北港")), "row 2: .*北港"),

@@ -161,7 +161,7 @@ def altered(folder, tmp_path, name="config", **keys):
     (copy / f"{name}.json").write_text(json.dumps({**old, **keys}))
     return copy
 
-@pytest.mark.parametrize("vocab, weight, words", [(300, float("nan"), "damaged"), (200, 0, "200")])
+@pytest.mark.parametrize("vocab, weight, words", [(300, float("nan"), "NaN"), (200, 0, "200")])
 def test_a_model_with_nan_or_fewer_ids_than_the_tokenizer_is_refused_before_it_is_scored(
         vocab, weight, words, folder, tmp_path, capsys):
     model = tiny_model(vocab=vocab)
