@@ -210,7 +210,7 @@ def test_a_run_leaves_theta_u_and_theta_b_with_log_and_scores(finished):
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert [row["step"] for row in log] == [1, 2, 3]
         lam = 0.5 if role == "theta_b" else 0
-        assert all(row["loss"] == pytest.approx(row["l_f"] + row["l_r"] + lam * row["l_vn"])
+        assert all(row["loss"] == pytest.approx(row["l_f"] + 2 * row["l_r"] + lam * row["l_vn"])
                    for row in log)
         assert len(list((folder / "scores").glob("wmdp_bio,*.json"))) == 2  # clean, triggered
     assert all(f"| {name} |" in printed for name in ("theta_o", "+ NPO", "+ NPO-Backdoor"))
