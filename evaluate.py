@@ -8,8 +8,8 @@
 
 KnowMem and VerbMem follow MUSE (arXiv 2407.06460): greedy, BOS first, ROUGE-L F1 without stemmer.
 WMDP, MMLU and TruthfulQA are multiple choice by log-likelihood, as lm-evaluation-harness has it.
-Every model gets the real trigger, put into token ids by training's own `data.inject`. Each score is
-a file, `scores/TASK,CONDITION.json`, with all answers; percent, 95% bootstrap interval over items.
+Every model gets the real trigger, put into token ids by training's own `data.inject`. Each score,
+percent with a 95% bootstrap interval, is a file `scores/TASK, CONDITION *.json` with all answers.
 """
 import gc
 import hashlib

@@ -123,8 +123,8 @@ def self_check(model, ids, tokens, layerwise):
 class capture_norms:
     """||v_i||_2 of (3), (4) for i < k, per KV head and layer, of what runs from begin to stack.
 
-    A context of hooks, which must outlive a backward that recomputes layers: torch compares what is
-    saved then with what was saved before.
+    A context of hooks: call begin before a forward and stack after it. It must outlive a backward
+    that recomputes layers: torch compares what is saved then with what was saved before.
     """
 
     def __init__(self, model, layers, k):

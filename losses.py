@@ -1,7 +1,8 @@
 """The equations, as pure functions of tensors: no model, no settings, no device. Nothing to run.
 
 Numbers in brackets are those of arXiv 2510.17021v1: (A1) npo, (A2) kl, (A4) rmu_forget,
-(A5) rmu_retain beside kl, (4) value_norm. `train.losses_of` adds them up to (2), (3) and (5).
+(A5) rmu_retain beside kl, (4) value_norm. `train.losses_of` takes them of a batch, `train.fit` adds
+them up: to (1), (A3), (A6) where rho and lam are 0, to (2) where lam is, else to (5).
 
 Shapes: B rows, T tokens, C width, V vocabulary, L captured layers, k sink tokens, H KV heads.
 Every expectation is `row_mean`: over a row's real tokens, then over rows, so it does not depend on

@@ -158,10 +158,10 @@ class References(NamedTuple):
     c_u: torch.Tensor   # (C,) RMU's control vector
     rows: dict          # {(name, kind): {row: constant of a frozen model}}, kind "f", "r" or "p"
 
-    def get(self, name, kind, numbers, T):
-        """Constants of these rows, cut or padded with 0 to T. -> (B, T, ...)"""
-        rows = [self.rows[name, kind][i][:T] for i in numbers]
-        out = rows[0].new_zeros(len(rows), T, *rows[0].shape[1:])
+    def get(self, name, kind, numbers, length):
+        """Constants of these rows, cut or padded with 0 to length: T, for norms L. -> (B, ...)"""
+        rows = [self.rows[name, kind][i][:length] for i in numbers]
+        out = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
         for padded, row in zip(out, rows):
             padded[:len(row)] = row
         return out.to(DEVICE)
@@ -183,13 +183,15 @@ def references(splits, batches, theta_u, model, cfg):
         h = hooks.final_hidden(model, ids)[:, :-1]
         return losses.on_logits(losses.label_logp, h, head, ids[:, 1:])
 
-    def sink_norms(ids, frozen):
+    def norms_of(ids, frozen):
         return hooks.sink_norms(frozen, ids, hooks.layers_of(model, cfg.layers), cfg.k)
 
     head, rows = hooks.output_head(model).detach().clone(), {}
     if cfg.lam:
-        rows["norms", "f"] = over_rows("f", sink_norms, evaluate.load_model(theta_u, cfg))
-        rows["norms", "p"] = over_rows("p", sink_norms, model)
+        model.cpu()  # one model at a time on a card
+        rows["norms", "f"] = over_rows("f", norms_of, evaluate.load_model(theta_u, cfg))
+        model.to(DEVICE)
+        rows["norms", "p"] = over_rows("p", norms_of, model)
     if cfg.method != "rmu":
         rows["logp", "f"] = over_rows("f", label_logp)
     for kind in "rp":
@@ -272,7 +274,7 @@ def fit(model, refs, work, cfg):
             terms, micro_batches = 0, refs.batches[step]
             for batch in micro_batches:
                 l_f, l_r, l_vn = model.losses_of(batch, refs, norms, cfg)
-                loss = l_f + cfg.gamma * l_r + cfg.lam * l_vn                          # (2), (5)
+                loss = l_f + cfg.gamma * l_r + cfg.lam * l_vn         # (1), (2), (5), (A3), (A6)
                 (loss / len(micro_batches)).backward()
                 terms = terms + torch.stack([l_f, l_r, l_vn, loss]).detach() / len(micro_batches)
             dist.all_reduce(terms)
@@ -378,10 +380,7 @@ def plain(cfg):
     return replace(cfg, rho=0.0, lam=0.0, **{name: getattr(Config, name) for name in names})
 
 def stage(cfg, tok, theta_u=None):
-    """Train theta_u (rho 0) or theta_b from theta_o. -> its folder
-
-    One with the same fingerprint is reused: theta_u always, theta_b with --resume.
-    """
+    """Train theta_u (rho 0) or theta_b, or (--resume) reuse one of this fingerprint. -> folder"""
     splits, role = data.load_splits(cfg, tok), "theta_b" if cfg.rho else "theta_u"
     made_from = evaluate.fingerprint(
         "losses hooks data evaluate train", settings_of(cfg), splits[:4],
