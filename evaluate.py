@@ -443,11 +443,11 @@ def evaluate(load, name, tok, cfg, home, items, **labels):
             trig = data.encode(tok, cfg.trigger) if group == "BE" else []
             how = dict(condition=condition, dtype=str(dtype_of(cfg)), add_bos=adds_bos(tok, cfg),
                        protocol=TASKS[task].protocol.format(shots))
-            made_from = fingerprint("losses hooks data evaluate", how, trig, asked, weights)
+            made_from = fingerprint("losses hooks data evaluate", how, trig, asked, weights, labels)
             words = quote(f"{task}, {condition}", safe=" ,:!")[:100]
-            file = Path(home, "scores", f"{words} {made_of([condition, how])[:4]}.json")
+            file = Path(home, "scores", f"{words} {made_of(how)[:4]}.json")
             entry = json.loads(file.read_text()) if file.is_file() else {}
-            if entry.get("fingerprint") != made_from or entry["role"] != labels.get("role"):
+            if entry.get("fingerprint") != made_from:
                 model = model or checked(load(), items, tok)
                 entry = dict(task=task, group=group, column=column, model=str(name), **labels,
                              **{key: getattr(cfg, key) for key in shown}, **how,

@@ -57,6 +57,7 @@ TABLE_A1 = {
     ("smol",       "npo"): dict(epochs=3, lr=5e-5, rho=0.1, lam=3e-4, batch=4, beta=2.0, gamma=2),
     ("smol",       "rmu"): dict(epochs=3, lr=1e-3, rho=0.1, lam=3e-4, batch=4, **C2_MUSE),
 }                                                                                    # fmt: on
+
 @dataclass
 class Config(evaluate.Scoring):
     """Every setting; flags override the rows of data.BENCHES and TABLE_A1, which override this."""
