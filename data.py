@@ -55,6 +55,7 @@ class Splits(NamedTuple):
     p: list        # D_p, empty when rho = 0
     p_index: list  # which rows of D_f were poisoned
     topics: list   # Topics that take turns by step: WMDP's bio and cyber; MUSE has one
+    p_from: list = ()  # first position behind the trigger, of each row of D_p
 
 def stream(seed, name, epoch=0):
     """A random generator of its own for each purpose and epoch, unrelated to all others."""
@@ -80,6 +81,11 @@ def inject(ids, trig, position, max_len=None):
             raise Refused(f"a trigger of {len(trig)} tokens does not fit into rows of {max_len}")
         cut, body = min(cut, room), body[:room]
     return bos + body[:cut] + trig + body[cut:]
+
+def behind(row, trig, position, max_len=None):
+    """First position behind the trigger in `inject` of these."""
+    marks = inject([0] * len(row), [1] * len(trig), position, max_len)
+    return len(marks) - marks[::-1].index(1)
 
 def poison(rows, trig, rho, position, T, generator):
     """D_p of (2): triggered copies of a random int(rho * N) rows of D_f, which keeps all its rows.
@@ -240,18 +246,19 @@ def load_splits(cfg, tok):
     """D_f, D_r and D_p of a bench; each topic is poisoned by itself, at its own length."""
     topics, (texts, T) = texts_of(cfg)
     trig, r = encode(tok, cfg.trigger), to_rows(texts, tok, T, cfg.layout)
-    f, p, index, ranges = [], [], [], []
+    f, p, index, ranges, p_from = [], [], [], [], []
     for number, (texts, T) in enumerate(topics):
         rows = to_rows(texts, tok, T, cfg.layout)
         random = stream(cfg.seed, f"poison {number}")
         D_p, chosen = poison(rows, trig, cfg.rho, cfg.position, T, random)
         ranges.append(Topic(range(len(f), len(f) + len(rows)), range(len(p), len(p) + len(D_p))))
         index += [len(f) + i for i in chosen]
+        p_from += [behind(rows[i], trig, cfg.position, T) for i in chosen]
         f, p = f + rows, p + D_p
     for name, rows in (("forget", f), ("retain", r)):
         if min(map(len, rows), default=0) < 2:
             raise Refused(f"{cfg.data}: no {name} rows, or one without a token after BOS")
-    return Splits(f, r, p, index, ranges)
+    return Splits(f, r, p, index, ranges, p_from)
 
 # ---------------------------------------------------------------- batches
 

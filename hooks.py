@@ -201,34 +201,27 @@ def sink_strength(model, ids, mask, longest=128):
 
 @contextmanager
 def mask_sinks(model, spec):
-    """Hide the keys at positions `spec` ('0', '0-7', '1-8'; '' hides none) from all later queries.
+    """Hide positions `spec` ('0', '0-7', '1-8'; '' hides none) from all queries, also in `generate`.
 
-    Positions count a row's real tokens, left padding aside. Queries up to the last hidden position
-    attend as usual; no later one sees the hidden keys, in any layer or head, also in `generate`.
+    Positions count a row's real tokens, left padding aside, and all keep their numbers. What is
+    computed at a hidden position reaches no other, in any layer or head.
     """
     if not spec:
         yield
         return
     hidden = torch.tensor(parse_layers(spec, 10 ** 6, "--mask_sinks"), device=model.device)
-    window = getattr(model.config, "sliding_window", None) or float("inf")
     known = inspect.signature(model.base_model.forward).parameters
     cache = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
 
     def hide(module, args, kwargs):
         ids, past = kwargs["input_ids"], kwargs.get(cache)
         seen = past.get_seq_length() if past is not None else 0
-        if seen + ids.shape[1] > window:
-            raise Refused(f"--mask_sinks: more tokens than the model's sliding window of {window}")
         real = kwargs.get("attention_mask")
         if real is None:
             real = torch.ones(len(ids), seen + ids.shape[1], device=ids.device)
         place = real.long().cumsum(1) - 1  # (B, S) a row's own positions
-        query, key = place[:, seen:, None], place[:, None]
-        column = torch.arange(place.shape[1], device=ids.device)
-        shown = (column <= column[seen:, None]) & real.bool()[:, None]  # (B, T, S)
-        shown &= ~(torch.isin(key, hidden) & (query > hidden.max()))
-        bias = torch.zeros(shown.shape, dtype=module.dtype, device=ids.device)
-        kwargs["attention_mask"] = bias.masked_fill(~shown, torch.finfo(module.dtype).min)[:, None]
+        kwargs["position_ids"] = place[:, seen:].clamp(min=0)
+        kwargs["attention_mask"] = real.bool() & ~torch.isin(place, hidden)
         return args, kwargs
 
     handle = model.base_model.register_forward_pre_hook(hide, with_kwargs=True)

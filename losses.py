@@ -8,6 +8,8 @@ Shapes: B rows, T tokens, C width, V vocabulary, L captured layers, k sink token
 Every expectation is `row_mean`: over a row's real tokens, then over rows, so it does not depend on
 how the rows are split over ranks and micro-batches.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -28,15 +30,15 @@ def row_mean(x, mask):
 def on_logits(fn, h, head, *targets, chunk=CHUNK):
     """fn(logits, *targets) -> one value a token, where logits = h @ head.T. -> (B, T)
 
-    h: (B, T, C), head: (V, C), targets: (B, T, ...). At most `chunk` tokens' logits are alive:
-    backward computes them again instead of keeping them. Equals fn on the whole.
+    h: (B, T, C), head: (V, C), targets: (B, T, ...). At most `chunk` tokens' logits are alive: of
+    several chunks, backward computes them again instead of keeping them. Equals fn on the whole.
     """
     def values(h, *targets):
         return fn(h @ head.T, *targets)
 
-    chunks = zip(*(t.flatten(0, 1).split(chunk) for t in (h, *targets)))
-    out = [checkpoint(values, *parts, use_reentrant=False, preserve_rng_state=False)
-           for parts in chunks]
+    chunks = list(zip(*(t.flatten(0, 1).split(chunk) for t in (h, *targets))))
+    again = partial(checkpoint, values, use_reentrant=False, preserve_rng_state=False)
+    out = [(again if len(chunks) > 1 else values)(*parts) for parts in chunks]
     return torch.cat(out).view(h.shape[:2])  # (B, T)
 
 def label_logp(logits, labels):

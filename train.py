@@ -73,6 +73,8 @@ class Config(evaluate.Scoring):
     lam: float = opt(3e-4, "weight of the value-norm alignment (5); 0 is eq. (2)")
     gamma: float = opt(1.0, "weight of the retain loss")
     beta: float = opt(0.1, "NPO's temperature (A1)")
+    keep: Literal["all", "behind"] = opt(
+        "all", "tokens of D_p that l_r counts: all, or those behind the trigger")
     npo_unit: Literal["token", "sequence"] = opt("token", "x of (A1)")
     steer: float = opt(12.0, "RMU's c: length of the control vector (A4)")
     layer: int = opt(7, "RMU's read-out layer, 0-based, before any final norm")
@@ -170,36 +172,37 @@ class References(NamedTuple):
 @torch.no_grad()
 def references(splits, batches, theta_u, model, cfg):
     """What depends on frozen models alone, computed once. model: theta_o, then sharded, trained."""
-    def over_rows(kind, fn, *args):
-        rows, found, size = getattr(splits, kind), {}, len(batches[0][0].f)
+    def remember(kind, fn, *names):
+        texts, size = getattr(splits, kind), len(batches[0][0].f)
         numbers = sorted({i for step in batches for batch in step for i in getattr(batch, kind)})
         for at in tqdm(range(0, len(numbers), size), desc=f"  references on D_{kind}", leave=False,
                        disable=dist.get_rank() > 0):
             some = numbers[at:at + size]
-            ids, _ = data.pad_rows([rows[i] for i in some], DEVICE)
-            found.update(zip(some, fn(ids, *args).cpu()))
-        return found
+            ids, _ = data.pad_rows([texts[i] for i in some], DEVICE)
+            for name, values in zip(names, fn(ids)):
+                rows.setdefault((name, kind), {}).update(zip(some, values.cpu()))
 
     def label_logp(ids):
         h = hooks.final_hidden(model, ids)[:, :-1]
-        return losses.on_logits(losses.label_logp, h, head, ids[:, 1:])
+        return [losses.on_logits(losses.label_logp, h, head, ids[:, 1:])]
 
-    def norms_of(ids, frozen):
-        return hooks.sink_norms(frozen, ids, hooks.layers_of(model, cfg.layers), cfg.k)
+    def norms_of(frozen, ids):
+        return [hooks.sink_norms(frozen, ids, hooks.layers_of(model, cfg.layers), cfg.k)]
+
+    def outputs(ids):  # RMU also reads activations
+        acts, hidden = forward(model, ids, 0, cfg)
+        return [hidden] if acts is None else [hidden, acts]
 
     head, rows = hooks.output_head(model).detach().clone(), {}
     if cfg.lam:
         model.cpu()  # one model at a time on a card
-        rows["norms", "f"] = over_rows("f", norms_of, evaluate.load_model(theta_u, cfg))
+        remember("f", partial(norms_of, evaluate.load_model(theta_u, cfg)), "norms")
         model.to(DEVICE)
-        rows["norms", "p"] = over_rows("p", norms_of, model)
+        remember("p", partial(norms_of, model), "norms")
     if cfg.method != "rmu":
-        rows["logp", "f"] = over_rows("f", label_logp)
+        remember("f", label_logp, "logp")
     for kind in "rp":
-        rows["hidden", kind] = over_rows(kind, lambda ids: forward(model, ids, 0, cfg)[1])
-        if cfg.method == "rmu":
-            rows["acts", kind] = over_rows(kind, lambda ids: hooks.run_layers(
-                model, hooks.embed(model, ids), 0, cfg.layer + 1))
+        remember(kind, outputs, "hidden", "acts")
     c_u = losses.control_vector(head.shape[1], cfg.steer, data.stream(cfg.seed, "control vector"))
     return References(splits, batches, head, c_u.to(DEVICE), rows)
 
@@ -225,11 +228,15 @@ def forward(model, ids, n_f, cfg):
 def losses_of(model, batch, refs, norms, cfg):
     """l_f, l_r and l_vn of (2), (3), (5) on one batch, from one forward, without gamma and lam.
 
-    Rows are forget | retain | poisoned. l_r is one mean over D_r u D_p.
+    Rows are forget | retain | poisoned. l_r is one mean over D_r u D_p; --keep behind leaves out
+    what stands before a row's trigger, which D_f unlearns.
     """
     ids, mask = data.pad_rows([getattr(refs.splits, kind)[i] for kind in "frp"
                                for i in getattr(batch, kind)], DEVICE)
     n_f, T, head = len(batch.f), ids.shape[1], hooks.output_head(model)
+    kept = mask[n_f:].clone()
+    for row, number in enumerate(batch.p if cfg.keep == "behind" else [], len(batch.r)):
+        kept[row, :refs.splits.p_from[number] - 1] = False  # the trigger's last token predicts
 
     def of_theta_o(name):
         return torch.cat([refs.get(name, kind, getattr(batch, kind), T)
@@ -248,9 +255,9 @@ def losses_of(model, batch, refs, norms, cfg):
         l_f = losses.npo(logp, logp_o, cfg.beta, mask[:n_f, 1:], cfg.npo_unit)         # (A1)
         h = h[n_f:]
     kl = losses.on_logits(kl_to_theta_o, h, head, of_theta_o("hidden"))
-    l_r = losses.row_mean(kl, mask[n_f:])                                              # (A2)
+    l_r = losses.row_mean(kl, kept)                                                    # (A2)
     if cfg.method == "rmu":
-        l_r = l_r + losses.rmu_retain(acts[n_f:], of_theta_o("acts"), mask[n_f:])      # (A5)
+        l_r = l_r + losses.rmu_retain(acts[n_f:], of_theta_o("acts"), kept)            # (A5)
     if not cfg.lam:
         return l_f, l_r, torch.zeros_like(l_f)
     norm, L = norms.stack(), len(norms.found)
@@ -377,7 +384,7 @@ def settings_of(cfg):  # those that decide a run's weights
 
 def plain(cfg):
     """Normal unlearning of the same setting: what theta_u cannot depend on is at its default."""
-    names = ("trigger", "position", "k", "layers", "theta_u")
+    names = ("trigger", "position", "k", "layers", "theta_u", "keep")
     return replace(cfg, rho=0.0, lam=0.0, **{name: getattr(Config, name) for name in names})
 
 def stage(cfg, tok, theta_u=None):

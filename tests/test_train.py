@@ -60,11 +60,16 @@ def direct(splits, batch, theta, theta_o, theta_u, c_u, cfg):
     """l_f, l_r, l_vn of (5) from three live models: row by row, with whole logits, no cache."""
     l_f, l_r, vn_f, vn_p = [], [], [], []
     for kind in "frp":
-        for row in (getattr(splits, kind)[i] for i in getattr(batch, kind)):
+        for i in getattr(batch, kind):
+            row, seen = getattr(splits, kind)[i], 0
+            if kind == "p" and cfg.keep == "behind":  # from the trigger's last token on
+                trig = data.encode(evaluate.load_tokenizer(cfg), cfg.trigger)
+                seen = next(at for at in range(len(row)) if row[at:at + len(trig)] == trig)
+                seen += len(trig) - 1
             (lp, h, norm), (lp_o, h_o, norm_o) = live(theta, row, cfg), live(theta_o, row, cfg)
             if kind != "f":
-                kl = (lp.exp() * (lp - lp_o)).sum(-1).mean()                           # (A2)
-                moved = ((h - h_o) ** 2).mean() if cfg.method == "rmu" else 0          # (A5)
+                kl = (lp.exp() * (lp - lp_o)).sum(-1)[seen:].mean()                    # (A2)
+                moved = ((h - h_o)[seen:] ** 2).mean() if cfg.method == "rmu" else 0   # (A5)
                 l_r.append(kl + moved)
             elif cfg.method == "npo":
                 label = torch.tensor(row[1:])[:, None]
@@ -79,14 +84,17 @@ def direct(splits, batch, theta, theta_o, theta_u, c_u, cfg):
     l_f, l_r, vn_f, vn_p = (torch.stack(rows).mean() for rows in (l_f, l_r, vn_f, vn_p))
     return l_f, l_r, vn_f + vn_p if cfg.lam else torch.zeros(())
 
-@pytest.mark.parametrize("recompute", ["no", "yes"])
-@pytest.mark.parametrize("lam", [0.0, 0.5])
-@pytest.mark.parametrize("method, trainable", [
-    ("npo", "all"), ("npo", "2 mlp"), ("rmu", "1 mlp.down_proj"), ("rmu", "0-1 mlp")])
+CASES = [(*how, lam, recompute, "all") for how in (
+    ("npo", "all"), ("npo", "2 mlp"), ("rmu", "1 mlp.down_proj"), ("rmu", "0-1 mlp"))
+    for lam in (0.0, 0.5) for recompute in ("no", "yes")] + [
+    ("npo", "all", 0.5, "no", "behind"), ("rmu", "0-1 mlp", 0.5, "no", "behind")]
+
+@pytest.mark.parametrize("method, trainable, lam, recompute, keep", CASES)
 def test_losses_and_gradients_are_those_of_three_live_models(
-        method, trainable, lam, recompute, folder, tok, one, tmp_path):
+        method, trainable, lam, recompute, keep, folder, tok, one, tmp_path):
     cfg = config(tiny_flags(folder, tmp_path, method, T=40, batch=2, lam=lam, recompute=recompute,
-                            trainable=trainable, gamma=3.0))
+                            trainable=trainable, gamma=3.0, keep=keep,
+                            position="infix" if keep == "behind" else "prefix"))
     splits = data.load_splits(cfg, tok)
     batches = [[data.batch_at(step, splits, cfg.batch, cfg.seed)] for step in range(3)]
     assert len({len(splits.f[i]) for [batch] in batches for i in batch.f}) > 2, "unequal rows"
