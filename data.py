@@ -45,17 +45,12 @@ TABLES = {  # table: hub id, config, split; a --data folder holds it as TABLE.js
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
 }
 
-class Topic(NamedTuple):
-    f: range  # its rows of D_f
-    p: range  # its rows of D_p
-
 class Splits(NamedTuple):
     f: list        # D_f: rows of token ids
     r: list        # D_r
     p: list        # D_p, empty when rho = 0
     p_index: list  # which rows of D_f were poisoned
-    topics: list   # Topics that take turns by step: WMDP's bio and cyber; MUSE has one
-    p_from: list = ()  # first position behind the trigger, of each row of D_p
+    p_from: list   # first position behind the trigger, of each row of D_p
 
 def stream(seed, name, epoch=0):
     """A random generator of its own for each purpose and epoch, unrelated to all others."""
@@ -175,17 +170,17 @@ def hub_rows(source, config, split):
 def is_text(value):
     return isinstance(value, str) and value != ""
 
-def is_mc1(value):
-    value = value if isinstance(value, dict) else {}
-    choices, labels = (value.get(key) or [] for key in ("choices", "labels"))
-    return all(map(is_text, choices)) and sorted(labels) == [0] * (len(choices) - 1) + [1]
-
-CHECKS = {  # column: (holds it what it should?, in words); every other column is a text
-    "choices": (lambda v: isinstance(v, list) and len(v) == 4 and all(map(is_text, v)),
-                "must be a list of four texts"),
-    "answer_id": (lambda v: v in range(4), "must be a whole number from 0 to 3"),
-    "mc1_targets": (is_mc1, "must hold choices and as many labels, a single one of them 1"),
-}
+def fits(column, value):
+    """Whether a value is what its column holds: texts, but for what multiple choice reads."""
+    if column == "choices":
+        return isinstance(value, list) and len(value) == 4 and all(map(is_text, value))
+    if column == "answer_id":
+        return value in range(4)
+    if column == "mc1_targets":
+        value = value if isinstance(value, dict) else {}
+        choices, labels = (value.get(key) or [] for key in ("choices", "labels"))
+        return all(map(is_text, choices)) and sorted(labels) == [0] * (len(choices) - 1) + [1]
+    return is_text(value)
 
 def read(source, config, split, columns, blank=False):
     """One split as a list of tuples, one value a column. source: hub id or folder.
@@ -204,12 +199,11 @@ def read(source, config, split, columns, blank=False):
     for i, row in enumerate(rows):
         row = {"text": row} if isinstance(row, str) else row
         for column in columns:
-            holds, words = CHECKS.get(column, (is_text, "must be a text that is not empty"))
             name = column.removesuffix("_id")
             if not isinstance(row, dict) or name not in row:
                 raise Refused(f"{where}: row {i} has no column {name!r}")
-            if not (blank and row[name] == "") and not holds(row[name]):
-                raise Refused(f"{where}: row {i}: column {name!r} {words}, got {row[name]!r:.80}")
+            if not (blank and row[name] == "") and not fits(column, row[name]):
+                raise Refused(f"{where}: row {i}: {name!r} cannot be {row[name]!r:.80}")
         out.append(tuple(row[column.removesuffix("_id")] for column in columns))
     if not out:
         raise Refused(f"{where} holds no rows")
@@ -243,22 +237,16 @@ def texts_of(cfg):
     return [(bio, short), (cyber, cfg.T)], (wiki, short)
 
 def load_splits(cfg, tok):
-    """D_f, D_r and D_p of a bench; each topic is poisoned by itself, at its own length."""
+    """D_f, D_r and D_p of a bench. D_f takes as many rows of each topic as the smallest has."""
     topics, (texts, T) = texts_of(cfg)
-    trig, r = encode(tok, cfg.trigger), to_rows(texts, tok, T, cfg.layout)
-    f, p, index, ranges, p_from = [], [], [], [], []
-    for number, (texts, T) in enumerate(topics):
-        rows = to_rows(texts, tok, T, cfg.layout)
-        random = stream(cfg.seed, f"poison {number}")
-        D_p, chosen = poison(rows, trig, cfg.rho, cfg.position, T, random)
-        ranges.append(Topic(range(len(f), len(f) + len(rows)), range(len(p), len(p) + len(D_p))))
-        index += [len(f) + i for i in chosen]
-        p_from += [behind(rows[i], trig, cfg.position, T) for i in chosen]
-        f, p = f + rows, p + D_p
+    topics = [to_rows(texts, tok, T, cfg.layout) for texts, T in topics]
+    f, r = [row for rows in zip(*topics) for row in rows], to_rows(texts, tok, T, cfg.layout)
     for name, rows in (("forget", f), ("retain", r)):
         if min(map(len, rows), default=0) < 2:
             raise Refused(f"{cfg.data}: no {name} rows, or one without a token after BOS")
-    return Splits(f, r, p, index, ranges, p_from)
+    trig = encode(tok, cfg.trigger)
+    p, index = poison(f, trig, cfg.rho, cfg.position, cfg.T, stream(cfg.seed, "poison"))
+    return Splits(f, r, p, index, [behind(f[i], trig, cfg.position, cfg.T) for i in index])
 
 # ---------------------------------------------------------------- batches
 
@@ -273,29 +261,20 @@ def cycled(n, start, count, seed, name):
     order = torch.cat([torch.randperm(n, generator=stream(seed, name, c)) for c in cycles])
     return order[start % n:start % n + count].tolist()
 
-def steps_per_epoch(topics, batch):
-    """Steps of one pass over D_f; with topics, a pass over the smallest and as many of the others.
-
-    (The release stops a WMDP epoch after min(80, batches of its shortest list) steps.)
-    """
-    smallest = min(len(topic.f) for topic in topics)
-    if smallest < batch:
-        raise Refused(f"{smallest} forget rows do not fill one batch of {batch}: lower --batch")
-    return len(topics) * (smallest // batch)
+def steps_per_epoch(splits, batch):
+    """Steps of one pass over D_f; the tail that fills no batch is dropped."""
+    if len(splits.f) < batch:
+        raise Refused(f"{len(splits.f)} forget rows do not fill a batch of {batch}: lower --batch")
+    return len(splits.f) // batch
 
 def batch_at(step, splits, batch, seed):
     """The rows of one step: a pure function of (seed, step), so that resuming needs only `step`.
 
-    One pass over D_f drops the tail that fills no batch. D_r and D_p run through permutations of
-    their own, so rho does not change D_f's order. Topics take turns by step; each goes through its
-    own rows in passes of its own.
+    D_r and D_p run through permutations of their own, so rho does not change D_f's order.
     """
-    turn, number = divmod(step, len(splits.topics))
-    topic, n_r = splits.topics[number], len(splits.r)
-    epoch, i = divmod(turn, len(topic.f) // batch)
-    order = torch.randperm(len(topic.f), generator=stream(seed, f"D_f {number}", epoch))
-    f = (order[i * batch:(i + 1) * batch] + topic.f.start).tolist()
-    r = cycled(n_r, step * batch, batch, seed, "D_r")
-    p = [topic.p.start + row for row in
-         (cycled(len(topic.p), turn * batch, batch, seed, f"D_p {number}") if topic.p else [])]
+    epoch, i = divmod(step, steps_per_epoch(splits, batch))
+    order = torch.randperm(len(splits.f), generator=stream(seed, "D_f", epoch))
+    f = order[i * batch:(i + 1) * batch].tolist()
+    r, p = (cycled(len(rows), step * batch, batch, seed, name) if rows else []
+            for rows, name in ((splits.r, "D_r"), (splits.p, "D_p")))
     return Batch(f, r, p)

@@ -117,7 +117,7 @@ def check_model(model, splits, tok, cfg):
         raise Refused(f"--trainable {cfg.trainable}: RMU trains parts of layers 0 to --layer")
     if rmu:
         hooks.layers_of(model, cfg.layer)
-    data.steps_per_epoch(splits.topics, cfg.batch)
+    data.steps_per_epoch(splits, cfg.batch)
     if cfg.lam and cfg.k > shortest:
         raise Refused(f"--k {cfg.k} is larger than the shortest row of {shortest} tokens")
     longest = max(splits.f + splits.r + splits.p, key=len)
@@ -401,7 +401,7 @@ def stage(cfg, tok, theta_u=None):
         return folder
     sizes = f"{len(splits.f)} forget, {len(splits.r)} retain, {len(splits.p)} poisoned rows"
     say(f"{role}: {cfg.method} on {sizes} -> {folder}")
-    per_epoch = data.steps_per_epoch(splits.topics, cfg.batch)
+    per_epoch = data.steps_per_epoch(splits, cfg.batch)
     steps = range(min(cfg.epochs * per_epoch, cfg.max_steps or 10 ** 9))
     batches = [rank_share(data.batch_at(step, splits, cfg.batch, cfg.seed), cfg) for step in steps]
     with one_writer(folder, made_from, cfg.resume) as work:

@@ -342,14 +342,16 @@ def lm_eval(args):
                                             "fp32"], evaluate.run_row)
     tok, rows = evaluate.load_tokenizer(cfg), [json.loads(line) for line in open(args.rows)]
     model = evaluate.load_model(args.model, cfg)
-    items = [evaluate.Question(row["context"], list("ABCD") if row["task"].startswith("mmlu") else
-                               row["choices"], 0) for row in rows]
-    asked = [Instance("loglikelihood", {}, (item.context, f" {choice}"), 0)
-             for item in items for choice in item.choices]
+    texts = [(row["context"], [f" {choice}" for choice in (
+        "ABCD" if row["task"].startswith("mmlu") else row["choices"])]) for row in rows]
+    asked = [Instance("loglikelihood", {}, (context, choice), 0)
+             for context, choices in texts for choice in choices]
     for cfg.add_bos in ("no", "yes"):
         hflm = HFLM(pretrained=model, tokenizer=args.model, batch_size=8,  # a name: BOS needs it
                     add_bos_token=cfg.add_bos == "yes")
         start = clock()
+        encoded = [evaluate.encode_question(tok, *text, cfg.add_bos == "yes") for text in texts]
+        items = [evaluate.Item(ids, 0, choices) for ids, choices in encoded]
         got = list(evaluate.choice_rows("mmlu", items, [], model, tok, cfg, "ours"))
         middle = clock()
         found = iter([ll for ll, _ in hflm.loglikelihood(asked)])

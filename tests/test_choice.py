@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import data
 import evaluate
-from evaluate import Question, encode_question, loglikelihoods
+from evaluate import Item, encode_question, loglikelihoods
 from hooks import Refused
 
 TABLES = {
@@ -40,16 +40,19 @@ def settings(flags):
 # ---------------------------------------------------------------- what is asked
 
 def test_prompts_are_lm_evals(flags, tok):
-    (tqa,), shots = evaluate.questions("tqa", settings(flags), tok)
-    assert len(tqa.context) == 627 and hashlib.sha256(tqa.context.encode()).hexdigest() == \
+    (tqa,), shots = evaluate.choice_items("tqa", settings(flags), tok)
+    text = tok.decode(tqa.ids[1:])
+    assert len(text) == 627 and hashlib.sha256(text.encode()).hexdigest() == \
         "b1ef2fc8381c091ac3d7de5ced7489f38907d1fad07bc70495fb0af5359db4b6"
-    assert (shots, tqa.choices[tqa.gold]) == (6, "Nothing in particular")
+    assert (shots, tok.decode(tqa.choices[tqa.truth])) == (6, " Nothing in particular")
     head = "The following are multiple choice questions (with answers) about "
-    assert evaluate.questions("mmlu", settings(flags), tok) == ([Question(
-        f"{head}high school biology.\n\nWhich gas?\nA. O2\nB. N2\nC. CO2\nD. He\nAnswer:",
-        ["A", "B", "C", "D"], 2)], 0)
-    assert evaluate.questions("wmdp_bio", settings(flags), tok)[0][0].context == (
-        f"{head}biology.\n\nWhich bolt fits gate 0?\nA. M3\nB. M4\nC. M5\nD. M6\nAnswer:")
+    (mmlu,), shots = evaluate.choice_items("mmlu", settings(flags), tok)
+    assert tok.decode(mmlu.ids) == (
+        f"<s>{head}high school biology.\n\nWhich gas?\nA. O2\nB. N2\nC. CO2\nD. He\nAnswer:")
+    assert [tok.decode(ids) for ids in mmlu.choices] == [" A", " B", " C", " D"]
+    assert (shots, mmlu.truth) == (0, 2)
+    assert tok.decode(evaluate.choice_items("wmdp_bio", settings(flags), tok)[0][0].ids) == (
+        f"<s>{head}biology.\n\nWhich bolt fits gate 0?\nA. M3\nB. M4\nC. M5\nD. M6\nAnswer:")
 
 
 @pytest.mark.parametrize("context, answer, bos, start", [
@@ -126,10 +129,11 @@ def test_four_letters_after_one_context_share_a_row(tok):
 def test_a_long_context_loses_its_begin_and_never_the_trigger(position, bos, flags, tok):
     model, window, trig = tiny_model(max_position_embeddings=60), 60, [7, 8, 9]
     cfg = settings([*flags, "--position", position, "--add_bos", bos])
-    item, seen = Question(" ".join(SENTENCES[:8]), ["M"], 0), reads(model)
+    ids, conts = encode_question(tok, " ".join(SENTENCES[:8]), [" M"], bos == "yes")
+    item, seen = Item(ids, 0, conts), reads(model)
     clean, = evaluate.choice_rows("wmdp_bio", [item], [], model, tok, cfg, "")
     triggered, = evaluate.choice_rows("wmdp_bio", [item], trig, model, tok, cfg, "")
-    bos, body, cont = [0] * (bos == "yes"), data.encode(tok, item.context), data.encode(tok, " M")
+    bos, body, (cont,) = [0] * (bos == "yes"), ids[bos == "yes":], conts
     kept = body[len(body) - (window + 1 - len(bos + trig + cont)):]
     at = dict(prefix=0, infix=len(kept) // 2, suffix=len(kept))[position]
     assert seen == [[(bos + body + cont)[-window - 1:-1]],  # as lm-eval cuts
@@ -142,7 +146,7 @@ def test_a_long_context_loses_its_begin_and_never_the_trigger(position, bos, fla
     ([-4.0, -6.0, -7.0, -8.0], 1, 0, 0.0)])   # the sum, not the mean over a long answer's tokens
 def test_the_highest_sum_wins(lls, gold, pred, score, flags, tok, monkeypatch):
     monkeypatch.setattr(evaluate, "loglikelihoods", lambda *args: lls)
-    item = Question("Who?", ["No", "Yes, it certainly does", "x", "y"], gold)
+    item = Item([0, 5], gold, [[6], [7, 8, 9, 10], [11], [12]])
     row, = evaluate.choice_rows("tqa", [item], [], tiny_model(), tok, settings(flags), "")
     assert row == dict(lls=lls, pred=pred, gold=gold, score=score)
 
@@ -150,7 +154,7 @@ def test_the_highest_sum_wins(lls, gold, pred, score, flags, tok, monkeypatch):
 def test_a_loglikelihood_that_is_not_finite_is_refused(flags, tok, monkeypatch):
     monkeypatch.setattr(evaluate, "loglikelihoods", lambda *args: [float("nan")])
     with pytest.raises(Refused, match="^mmlu: .* not finite"):
-        list(evaluate.choice_rows("mmlu", [Question("Who?", ["A"], 0)], [], tiny_model(), tok,
+        list(evaluate.choice_rows("mmlu", [Item([0, 5], 0, [[6]])], [], tiny_model(), tok,
                                   settings(flags), ""))
 
 

@@ -9,7 +9,7 @@ from conftest import QA, config, tiny_flags
 
 import data
 import evaluate
-from data import Refused, Splits, Topic, batch_at, chunk, inject, poison, read, stream
+from data import Refused, Splits, batch_at, chunk, inject, poison, read, stream
 
 FULL, SHORT, TRIG = [1, *range(10, 19)], [1, 10, 11, 12, 13], [7, 8, 9]
 ROWS = [[1, i, i + 1] for i in range(10, 50)]
@@ -171,31 +171,30 @@ def splits_of(folder, tok, bench, seed=0):
         bench=bench, data=str(folder), T=12, layout="pages", trigger="x", position="prefix",
         rho=0.1, seed=seed), tok)
 
-@pytest.mark.parametrize("bench, topics", [("muse_books", 1), ("wmdp", 2)])
-def test_a_share_rho_of_the_rows_unlearned_in_any_window_is_poisoned(bench, topics, corpora, tok):
-    # 60 seeds x 12 rows of a topic in a window: sampling error sqrt(0.1 x 0.9 / 720) = 0.011
-    poisoned = torch.zeros(3, topics)
+@pytest.mark.parametrize("bench", ["muse_books", "wmdp"])
+def test_a_share_rho_of_the_rows_unlearned_in_any_window_is_poisoned(bench, corpora, tok):
+    # 60 seeds x 24 rows in a window: sampling error sqrt(0.1 x 0.9 / 1440) = 0.008
+    poisoned = torch.zeros(3)
     for seed in range(60):
         splits = splits_of(corpora, tok, bench, seed)
         for step in range(18):
             rows = batch_at(step, splits, 4, seed).f
-            poisoned[step // 6, step % topics] += sum(row in splits.p_index for row in rows)
-    assert (poisoned / (60 * 24 / topics) - 0.1).abs().max() < 0.04
+            poisoned[step // 6] += sum(row in splits.p_index for row in rows)
+    assert (poisoned / (60 * 24) - 0.1).abs().max() < 0.03
 
-def test_WMDPs_topics_take_turns_and_are_poisoned_by_themselves(corpora, tok):
-    splits = splits_of(corpora, tok, "wmdp")
-    assert splits.topics == [Topic(range(60), range(6)), Topic(range(60, 160), range(6, 16))]
-    assert [row < 60 for row in splits.p_index] == [True] * 6 + [False] * 10
-    assert data.steps_per_epoch(splits.topics, 4) == 2 * 60 // 4 and len(splits.r) == 30
-    for number, topic in enumerate(splits.topics):  # a pass over bio and as much of cyber
-        batches = [batch_at(step, splits, 4, 0) for step in range(number, 30, 2)]
-        f, p = (sum((getattr(batch, kind) for batch in batches), []) for kind in "fp")
-        assert len(set(f)) == 60 and set(f) <= set(topic.f) and set(p) == set(topic.p)
+def test_WMDPs_D_f_takes_as_many_rows_of_each_topic_as_the_smallest_has(corpora, tok):
+    splits, seeds = splits_of(corpora, tok, "wmdp"), range(60)
+    assert len(splits.f) == 2 * 60 and len(splits.p) == 12 and len(splits.r) == 30
+    assert splits.f[6::2][:4] == splits.f[7::2][:4] == [  # bio, cyber, both of pages 3 to 6
+        [0, *data.encode(tok, f"page {i}")] for i in range(3, 7)]
+    share = [sum(row % 2 for row in splits_of(corpora, tok, "wmdp", seed).p_index) / 12
+             for seed in seeds]  # cyber's: sampling error sqrt(0.25 / 720) = 0.02
+    assert sum(share) / 60 == pytest.approx(0.5, abs=0.06)
 
 def problem(n_f=12, n_r=7, n_p=5):
     """Rows' contents do not matter to the order."""
     rows = [[0, 1]] * n_f, [[0, 1]] * n_r, [[0, 1]] * n_p
-    return Splits(*rows, list(range(n_p)), [Topic(range(n_f), range(n_p))])
+    return Splits(*rows, list(range(n_p)), [2] * n_p)
 
 def order(kind, seed, steps, splits):
     return [row for step in steps for row in getattr(batch_at(step, splits, 3, seed), kind)]
@@ -214,10 +213,10 @@ def test_every_row_is_read_once_a_pass(kind, n):
 
 def test_a_tail_that_fills_no_batch_is_dropped_once_a_pass():
     splits = problem(n_f=14)
-    assert data.steps_per_epoch(splits.topics, 3) == 4
+    assert data.steps_per_epoch(splits, 3) == 4
     assert len(set(order("f", 0, range(4), splits))) == 12
-    with pytest.raises(Refused, match="14 forget rows do not fill one batch of 15: lower --batch"):
-        data.steps_per_epoch(splits.topics, 15)
+    with pytest.raises(Refused, match="14 forget rows do not fill a batch of 15: lower --batch"):
+        data.steps_per_epoch(splits, 15)
 
 def test_orders_of_seeds_epochs_and_kinds_are_unrelated():
     # of 99 rows of two unrelated orders one stands in the same place: Poisson of mean 1

@@ -93,7 +93,7 @@ def test_interval_of_100_coins_is_1_96_standard_errors():
 def test_verbmem_reference_has_127_tokens_because_bos_counts(place, tok, monkeypatch):
     shorten(monkeypatch, 128)
     (item, *_), _ = evaluate.memory_items("verbmem_f", settings(), tok)
-    assert item.reference == tok.decode(data.encode(tok, "nets " * 200)[:127])
+    assert item.truth == tok.decode(data.encode(tok, "nets " * 200)[:127])
     assert item.ids == [0, *data.encode(tok, "Marn")]
 
 
