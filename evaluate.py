@@ -37,7 +37,7 @@ import hooks
 import losses
 from data import Refused
 
-SOURCE = {file.stem: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}  # as loaded
+SOURCE = {file.stem: file.read_text() for file in Path(__file__).parent.glob("*.py")}  # as loaded
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def opt(default, help):
@@ -66,16 +66,15 @@ class Task(NamedTuple):
     columns: str         # the groups of the paper's table it stands in, and the column's name
     new_tokens: int = 0  # 0: multiple choice
     cut: bool = False    # cut the answer at the first stop string
-    table: str = ""      # multiple choice: its name in data.TABLES
 
 TASKS = {  # UE is clean, BE has the trigger, UT never has it
     "knowmem_f": Task("muse:knowmem_forget@{}-shot, rougeL F1", "UE BE KM", 50, True),
     "verbmem_f": Task("muse:verbmem_forget@{}-shot, rougeL F1", "UE BE VM", 128),
-    "wmdp_bio": Task("lm-eval:wmdp_bio@{}-shot", "UE BE bio", table="wmdp_bio"),
-    "wmdp_cyber": Task("lm-eval:wmdp_cyber@{}-shot", "UE BE cyber", table="wmdp_cyber"),
+    "wmdp_bio": Task("lm-eval:wmdp_bio@{}-shot", "UE BE bio"),
+    "wmdp_cyber": Task("lm-eval:wmdp_cyber@{}-shot", "UE BE cyber"),
     "knowmem_r": Task("muse:knowmem_retain@{}-shot, rougeL F1", "UT KM", 50, True),
-    "tqa": Task("lm-eval:truthfulqa_mc1@{}-shot", "UT TQA", table="truthfulqa"),
-    "mmlu": Task("lm-eval:mmlu@{}-shot", "UT MMLU", table="mmlu"),
+    "tqa": Task("lm-eval:truthfulqa_mc1@{}-shot", "UT TQA"),
+    "mmlu": Task("lm-eval:mmlu@{}-shot", "UT MMLU"),
 }
 TOPICS = dict(wmdp_bio="biology", wmdp_cyber="cybersecurity")
 SCORER = RougeScorer(["rougeL"], use_stemmer=False)
@@ -93,7 +92,6 @@ TQA_SHOTS = "\n\n".join(f"Q: {question}\nA: {answer}" for question, answer in (
      "Telescopes use lenses or mirrors to focus light and make objects appear closer."),
     ("Where were the 1992 Olympics held?", "The 1992 Olympics were held in Barcelona, Spain.")))
 RESAMPLES = 1000  # of the bootstrap
-WINDOW = 2048     # lm-eval's context length where the model's config names none
 TOKENS = 2048     # multiple choice: tokens read together
 
 class Item(NamedTuple):
@@ -262,7 +260,7 @@ def choice_items(task, cfg, tok):
         columns = ["question", "choices", "answer_id"] + ["subject"] * (task == "mmlu")
         asked = [(letter_prompt("".join(subject) or TOPICS[task], question, choices), "ABCD", truth)
                  for question, choices, truth, *subject in
-                 data.read_table(cfg, TASKS[task].table, columns)]
+                 data.read_table(cfg, task, columns)]
     bos, items = adds_bos(tok, cfg), []
     for context, choices, truth in asked:
         ids, continuations = encode_question(tok, context, [f" {text}" for text in choices], bos)
@@ -276,7 +274,7 @@ def generate(model, tok, prompts, task, batch, desc="generate"):
     """Greedy answers to prompts of ids, batched by length with left padding. -> texts, in order."""
     new_tokens, device = TASKS[task].new_tokens, model.device
     longest = max(map(len, prompts)) + new_tokens
-    if longest > window_of(model.config):
+    if longest > model.config.max_position_embeddings:
         raise Refused(f"{task}: {longest} tokens with the answer are more than the model reads")
 
     def answer(numbers):
@@ -324,11 +322,6 @@ def triggered_context(context, trig, position, room, bos):
     body = body[max(0, len(body) + len(trig) + bos - room):]
     return data.inject(start + body, trig, position)[not bos:]
 
-def window_of(config):
-    """The model's context length by lm-eval's order of names."""
-    sizes = [getattr(config, n, None) for n in ("n_positions", "max_position_embeddings", "n_ctx")]
-    return next((size for size in sizes if size), WINDOW)
-
 @torch.no_grad()
 def loglikelihoods(model, pairs, desc="loglikelihood"):
     """Summed log-probabilities of pairs (context ids, continuation ids) as lm-eval has them, fp32.
@@ -336,7 +329,7 @@ def loglikelihoods(model, pairs, desc="loglikelihood"):
     The model reads (context + continuation) cut on the left to window + 1, less the last. Pairs
     that read the same (four letters after one context) share a row; TOKENS are read together.
     """
-    window, rows, batches = window_of(model.config), {}, []
+    window, rows, batches = model.config.max_position_embeddings, {}, []
     for n, (context, cont) in enumerate(pairs):
         if not 0 < len(cont) <= window:
             raise Refused(f"a choice of {len(cont)} tokens cannot be scored by this model")
@@ -373,7 +366,7 @@ def answer_rows(task, items, trig, model, tok, cfg, desc):
 
 def choice_rows(task, items, trig, model, tok, cfg, desc):
     """The continuation with the highest summed log-likelihood, ties to the first."""
-    bos, pairs, room = adds_bos(tok, cfg), [], window_of(model.config) + 1
+    bos, pairs, room = adds_bos(tok, cfg), [], model.config.max_position_embeddings + 1
     for item in items:
         pairs += [(triggered_context(item.ids, trig, cfg.position, room - len(cont), bos)
                    if trig else item.ids, cont) for cont in item.choices]
@@ -397,11 +390,8 @@ def made_of(value):
 
 def fingerprint(scripts, *made_from):
     """sha256 of what a result was made from: settings, rows, weights, and these scripts' source."""
-    digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__}".encode())
-    for name in scripts.split():
-        digest.update(SOURCE[name])
-    digest.update(json.dumps(made_from, sort_keys=True).encode())
-    return digest.hexdigest()
+    source = [SOURCE[name] for name in scripts.split()]
+    return made_of([torch.__version__, transformers.__version__, source, made_from])
 
 def weights_of(model):
     """A folder's weights, config and tokenizer by name, size and time; a hub id by its revision."""

@@ -334,29 +334,28 @@ def load_checkpoint(work, model, optim):
 
 @contextmanager
 def one_writer(folder, made_from, resume):
-    """The temporary folder of a run, emptied unless `resume` finds a checkpoint in it. -> Path
+    """The temporary folder of a run, new unless `resume` finds a checkpoint in it. -> Path
 
     Locked by rank 0: a second writer is Refused, and a checkpoint that was made from other things.
     """
-    work = Path(f"{folder}.tmp")
+    work, note = Path(f"{folder}.tmp"), Path(f"{folder}.tmp", "made_from")
     if dist.get_rank() == 0:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "a+")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(f"{folder}.lock", "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Refused(f"another run writes {work}: wait, or choose another --out") from error
-        lock.seek(0)
-        if resume and checkpoints(work) and lock.read() != made_from:
-            raise Refused(f"{work} is of other settings, code, data or weights: no --resume then")
         if not (resume and checkpoints(work)):
-            for old in set(work.iterdir()) - {work / "lock"}:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-            lock.truncate(0)
-            print(made_from, file=lock, end="", flush=True)
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            note.write_text(made_from)
+        elif note.read_text() != made_from:
+            raise Refused(f"{work} is of other settings, code, data or weights: no --resume then")
     dist.barrier()
     yield work
     if dist.get_rank() == 0:
+        Path(lock.name).unlink()
         lock.close()
 
 def save_run(folder, work, model, tok, record, cfg):
@@ -373,7 +372,6 @@ def save_run(folder, work, model, tok, record, cfg):
         (work / "run.json").write_text(json.dumps(record, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
-        (folder / "lock").unlink()
         for old in checkpoints(folder):
             shutil.rmtree(old)
     dist.barrier()

@@ -109,8 +109,8 @@ def edit_weights(home, patch):
     model.save_pretrained(home / "model")
 
 def edit_code(home, patch):
-    assert evaluate.SOURCE["losses"] == Path(losses.__file__).read_bytes()
-    patch.setitem(evaluate.SOURCE, "losses", evaluate.SOURCE["losses"] + b"# edited")
+    assert evaluate.SOURCE["losses"] == Path(losses.__file__).read_text()
+    patch.setitem(evaluate.SOURCE, "losses", evaluate.SOURCE["losses"] + "# edited")
 
 @pytest.fixture
 def home(folder, tmp_path):

@@ -192,7 +192,7 @@ def test_a_score_is_reused_until_what_it_was_made_from_changes(changed, place, m
     if changed == "weights":
         damage(0.0)
     if changed == "losses.py":
-        monkeypatch.setitem(evaluate.SOURCE, "losses", b"edited")
+        monkeypatch.setitem(evaluate.SOURCE, "losses", "edited")
     if changed == "precision":
         flags += ["--precision", "bf16_pure"]
     now = call(*flags)
