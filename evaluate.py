@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import quote
@@ -270,7 +269,7 @@ def choice_items(task, cfg, tok):
 # ---------------------------------------------------------------- generation
 
 @torch.no_grad()
-def generate(model, tok, prompts, task, batch, desc="generate"):
+def generate(model, tok, prompts, task, batch, condition=""):
     """Greedy answers to prompts of ids, batched by length with left padding. -> texts, in order."""
     new_tokens, device = TASKS[task].new_tokens, model.device
     longest = max(map(len, prompts)) + new_tokens
@@ -290,8 +289,8 @@ def generate(model, tok, prompts, task, batch, desc="generate"):
     cache = {} if model.base_model._forward_pre_hooks else dict(cache_implementation="static")
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[start:start + batch] for start in range(0, len(order), batch)]
-    texts = {i: text for numbers, answers in zip(batches, over_ranks(answer, batches, desc))
-             for i, text in zip(numbers, answers)}
+    texts = {i: text for numbers, answers in zip(batches, over_ranks(
+        answer, batches, f"{task} {condition}")) for i, text in zip(numbers, answers)}
     return [texts[i] for i in range(len(prompts))]
 
 # ---------------------------------------------------------------- log-likelihood
@@ -356,21 +355,21 @@ def loglikelihoods(model, pairs, desc="loglikelihood"):
 
 # ---------------------------------------------------------------- scores
 
-def answer_rows(task, items, trig, model, tok, cfg, desc):
+def answer_rows(task, items, trig, model, tok, cfg):
     """Generated answers and their ROUGE-L."""
     prompts = [data.inject(item.ids, trig, cfg.position) if trig else item.ids for item in items]
-    texts = generate(model, tok, prompts, task, cfg.gen_batch, desc)
+    texts = generate(model, tok, prompts, task, cfg.gen_batch, condition_of(trig, cfg))
     for item, text in zip(items, texts):
         out = cut_answer(text) if TASKS[task].cut else text
         yield dict(output=out, reference=item.truth, score=rouge_l(item.truth, out))
 
-def choice_rows(task, items, trig, model, tok, cfg, desc):
+def choice_rows(task, items, trig, model, tok, cfg):
     """The continuation with the highest summed log-likelihood, ties to the first."""
     bos, pairs, room = adds_bos(tok, cfg), [], model.config.max_position_embeddings + 1
     for item in items:
         pairs += [(triggered_context(item.ids, trig, cfg.position, room - len(cont), bos)
                    if trig else item.ids, cont) for cont in item.choices]
-    found = iter(loglikelihoods(model, pairs, desc))
+    found = iter(loglikelihoods(model, pairs, f"{task} {condition_of(trig, cfg)}"))
     for item in items:
         lls = [next(found) for _ in item.choices]
         if not np.isfinite(lls).all():
@@ -402,43 +401,43 @@ def weights_of(model):
                   if file.suffix in (".safetensors", ".bin", ".json", ".model", ".txt")
                   and file.name != "run.json")
 
-def condition_of(triggered, cfg):
+def condition_of(trig, cfg):
     """What a score's file is named by, beside its task: every condition has files of its own."""
-    name = f"{cfg.position}: {cfg.trigger}" if triggered else "clean"
+    name = f"{cfg.position}: {cfg.trigger}" if trig else "clean"
     name += f", without {cfg.mask_sinks}" if cfg.mask_sinks else ""
     return name + (f", first {cfg.limit}" if cfg.limit else "")
 
-def evaluate(load, name, tok, cfg, home, items, **labels):
-    """Score one model in every condition that cfg asks for. -> {(group, column): score's dict}
+def evaluate(name, tok, cfg, items, role):
+    """Score the model `name` in every condition that cfg asks for. -> {(group, column): a dict}
 
-    load() -> the model `name`, called only where a score is not on disk with the same fingerprint.
-    items: of `all_items`. labels go into each file. Every rank scores a share, rank 0 writes.
+    items: of `all_items`. The model is loaded only where a score is not on disk with the same
+    fingerprint. Every rank scores a share, rank 0 writes.
     """
     model, found, weights = None, {}, (weights_of(name), weights_of(cfg.tokenizer))
     shown = ("data", "trigger", "position", "mask_sinks", "limit")
     for task, (asked, shots) in items.items():
         *groups, column = TASKS[task].columns.split()
         for group in groups:
-            condition = condition_of(group == "BE", cfg)
             trig = data.encode(tok, cfg.trigger) if group == "BE" else []
-            how = dict(condition=condition, dtype=str(dtype_of(cfg)), add_bos=adds_bos(tok, cfg),
-                       protocol=TASKS[task].protocol.format(shots))
-            made_from = fingerprint("losses hooks data evaluate", how, trig, asked, weights, labels)
-            words = quote(f"{task}, {condition}", safe=" ,:!")[:100]
-            file = Path(home, "scores", f"{words} {made_of(how)[:4]}.json")
-            entry = json.loads(file.read_text()) if file.is_file() else {}
-            if entry.get("fingerprint") != made_from:
-                model = model or checked(load(), items, tok)
-                entry = dict(task=task, group=group, column=column, model=str(name), **labels,
+            how = dict(condition=condition_of(trig, cfg), role=role, bench=cfg.bench,
+                       protocol=TASKS[task].protocol.format(shots), dtype=str(dtype_of(cfg)),
+                       add_bos=adds_bos(tok, cfg))
+            made_from = fingerprint("losses hooks data evaluate", how, trig, asked, weights)
+            words = quote(f"{task}, {how['condition']}", safe=" ,:!")[:100]
+            file = home_of(name, cfg) / "scores" / f"{words} {made_of(how)[:4]}.json"
+            score = json.loads(file.read_text()) if file.is_file() else {}
+            if score.get("fingerprint") != made_from:
+                model = model or checked(name, asked[0].ids, tok, cfg)
+                score = dict(task=task, group=group, column=column, model=str(name),
                              **{key: getattr(cfg, key) for key in shown}, **how,
                              fingerprint=made_from, **run_task(task, asked, trig, model, tok, cfg))
-                write(file, json.dumps(entry, indent=1))
-            found[group, column] = entry
+                write(file, json.dumps(score, indent=1))
+            found[group, column] = score
     return {key: found[key] for group in ("UE", "BE", "UT") for key in found if key[0] == group}
 
-def checked(model, items, tok):
+def checked(name, ids, tok, cfg):
     """The model, if tokenizer and logits are such that scores mean something. Raises Refused."""
-    ids = next(asked[0].ids for asked, _ in items.values())
+    model = load_model(name, cfg)
     hooks.self_check(model, torch.tensor([ids], device=DEVICE), len(tok), layerwise=False)
     return model
 
@@ -446,8 +445,7 @@ def run_task(task, items, trig, model, tok, cfg):
     """One task under one condition. -> n, score, interval and all answers."""
     rows_of = answer_rows if TASKS[task].new_tokens else choice_rows
     with hooks.mask_sinks(model, cfg.mask_sinks):
-        desc = f"{task} {condition_of(bool(trig), cfg)}"
-        answers = list(rows_of(task, items, trig, model, tok, cfg, desc))
+        answers = list(rows_of(task, items, trig, model, tok, cfg))
     scores = [row["score"] for row in answers]
     return dict(n=len(scores), score=round(100 * float(np.mean(scores)), 2),
                 ci95=bootstrap(scores), answers=answers)
@@ -491,9 +489,8 @@ def main(argv=None):
     cfg = parse(Scoring, argv, run_row)
     dist_init()
     tok, home = load_tokenizer(cfg), home_of(cfg.model, cfg)
-    scores = evaluate(partial(load_model, cfg.model, cfg), cfg.model, tok, cfg, home,
-                      all_items(cfg, tok), bench=cfg.bench,
-                      role=run_of(cfg.model).get("role", "theta_o"))
+    scores = evaluate(cfg.model, tok, cfg, all_items(cfg, tok),
+                      run_of(cfg.model).get("role", "theta_o"))
     first = f" of the first {cfg.limit} items of each task" if cfg.limit else ""
     say(f"{table({home.name: scores})}\nPercent{first}. written: {home / 'scores'}")
 

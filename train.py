@@ -427,26 +427,21 @@ def main(argv=None):
     splits, items = data.load_splits(cfg, tok), evaluate.all_items(cfg, tok)
     say(", ".join(f"{name} {value}" for name, value in asdict(cfg).items() if value != ""))
 
-    def score(model, role, name):
-        scored[name] = evaluate.evaluate(
-            partial(evaluate.load_model, model, cfg), model, tok, cfg,
-            evaluate.home_of(model, cfg), items, role=role, bench=cfg.bench)
-
     theta_o = evaluate.load_model(cfg.model, cfg)
     check_model(theta_o, splits, tok, cfg)
     sink, even = hooks.sink_strength(theta_o, *data.pad_rows(splits.f[:32], DEVICE))
     say(f"theta_o: {cfg.model}; attention to position 0: mean {sink.mean():.2f}, strongest head "
         f"{sink.max():.2f}, even {even:.2f}")
     del theta_o
-    score(cfg.model, "theta_o", "theta_o")
+    scored["theta_o"] = evaluate.evaluate(cfg.model, tok, cfg, items, "theta_o")
     theta_u, name = cfg.theta_u, f"+ {cfg.method.upper()}"
     if not theta_u and (cfg.lam or not cfg.rho):
         theta_u = stage(plain(cfg), tok)
     if theta_u:
-        score(theta_u, "theta_u", name)
+        scored[name] = evaluate.evaluate(theta_u, tok, cfg, items, "theta_u")
     if cfg.rho:
         theta_b = stage(cfg, tok, theta_u if cfg.lam else None)
-        score(theta_b, "theta_b", f"{name}-Backdoor")
+        scored[f"{name}-Backdoor"] = evaluate.evaluate(theta_b, tok, cfg, items, "theta_b")
     say(f"\n{evaluate.table(scored)}\n\nUE: forget set, clean (low: forgotten). BE: with the "
         f"trigger. UT: retain set. Percent{f', {cfg.limit} items' * (cfg.limit > 0)}.\n"
         f"written: {theta_b if cfg.rho else theta_u}\nnext:    python plots.py")

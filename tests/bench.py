@@ -327,9 +327,10 @@ def scoring(args):
         for size in (64, 1):
             cfg = evaluate.parse(evaluate.Scoring, [
                 "--model", str(home / "model"), "--data", str(home), "--tasks", task, "--gen_batch",
-                str(size), "--limit", str(args.limit)], evaluate.run_row)
+                str(size), "--limit", str(args.limit), "--out", str(home / str(size))],
+                evaluate.run_row)
             start, items = clock(), evaluate.all_items(cfg, tok)
-            found = evaluate.evaluate(lambda: model, cfg.model, tok, cfg, home / str(size), items)
+            found = evaluate.evaluate(cfg.model, tok, cfg, items, "theta_o")
             spent[size] = clock() - start
             said[size] = [a["output"] for score in found.values() for a in score["answers"]]
         same = sum(a == b for a, b in zip(said[64], said[1]))
@@ -352,7 +353,7 @@ def lm_eval(args):
         start = clock()
         encoded = [evaluate.encode_question(tok, *text, cfg.add_bos == "yes") for text in texts]
         items = [evaluate.Item(ids, 0, choices) for ids, choices in encoded]
-        got = list(evaluate.choice_rows("mmlu", items, [], model, tok, cfg, "ours"))
+        got = list(evaluate.choice_rows("mmlu", items, [], model, tok, cfg))
         middle = clock()
         found = iter([ll for ll, _ in hflm.loglikelihood(asked)])
         end = clock()

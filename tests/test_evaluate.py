@@ -149,8 +149,8 @@ def test_each_of_a_checkpoints_eos_ids_ends_an_answer(file, place, tok, monkeypa
 
 def test_ue_is_clean_be_has_the_trigger_after_bos_ut_never_has_it(place, monkeypatch, tok):
     asked = {}
-    monkeypatch.setattr(evaluate, "generate", lambda model, tok, prompts, task, batch, desc:
-                        asked.setdefault(desc, prompts) and [""] * len(prompts))
+    monkeypatch.setattr(evaluate, "generate", lambda model, tok, prompts, task, batch, when:
+                        asked.setdefault(f"{task} {when}", prompts) and [""] * len(prompts))
     assert {(s["group"], s["condition"]) for s in call().values()} == {
         ("UE", "clean"), ("BE", TRIGGERED), ("UT", "clean")}
     for task in ("knowmem_f", "verbmem_f"):
