@@ -58,7 +58,6 @@ def stream(seed, name, epoch=0):
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 # ---------------------------------------------------------------- trigger and poison set
-
 def inject(ids, trig, position, max_len=None):
     """Put the trigger into one prompt or row; the only injector, for training and evaluation.
 
@@ -94,7 +93,6 @@ def poison(rows, trig, rho, position, T, generator):
     return [inject(rows[i], trig, position, T) for i in index], index
 
 # ---------------------------------------------------------------- text to rows
-
 def encode(tok, text):
     return tok(text, add_special_tokens=False).input_ids
 
@@ -127,7 +125,6 @@ def pad_rows(rows, device="cpu"):
     return ids.to(device), mask.to(device)
 
 # ---------------------------------------------------------------- reading
-
 def local_files(folder, config, split):
     """The file, or the hub's numbered parquet files, that hold a split. Raises Refused."""
     for name in (split, split.replace("retain", "retain2", 1)):  # older copies of MUSE's folder
@@ -219,7 +216,6 @@ def read_table(cfg, table, columns, blank=False):
     return read(source, config, split, columns, blank)
 
 # ---------------------------------------------------------------- splits
-
 def texts_of(cfg):
     """-> ([(texts, T) of each topic of D_f], (texts, T) of D_r).
 
@@ -249,7 +245,6 @@ def load_splits(cfg, tok):
     return Splits(f, r, p, index, [behind(f[i], trig, cfg.position, cfg.T) for i in index])
 
 # ---------------------------------------------------------------- batches
-
 class Batch(NamedTuple):
     f: list  # row numbers of D_f
     r: list  # of D_r

@@ -99,7 +99,6 @@ class Item(NamedTuple):
     choices: list = ()  # ids of each continuation that multiple choice weighs
 
 # ---------------------------------------------------------------- settings, models, ranks
-
 def parse(cls, argv, row_of):
     """Settings of a script: the defaults of cls < row_of(flags) < flags. Raises Refused."""
     def refuse(message):
@@ -204,7 +203,6 @@ def over_ranks(fn, batches, desc):
     return [shares[i % world][i // world] for i in range(len(batches))]
 
 # ---------------------------------------------------------------- protocol: what is asked
-
 def knowmem_prompt(question, icl):
     """MUSE's few-shot prompt. icl: (question, answer) pairs, in file order."""
     shots = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in icl)
@@ -267,7 +265,6 @@ def choice_items(task, cfg, tok):
     return items, 6 * (task == "tqa")
 
 # ---------------------------------------------------------------- generation
-
 @torch.no_grad()
 def generate(model, tok, prompts, task, batch, condition=""):
     """Greedy answers to prompts of ids, batched by length with left padding. -> texts, in order."""
@@ -294,7 +291,6 @@ def generate(model, tok, prompts, task, batch, condition=""):
     return [texts[i] for i in range(len(prompts))]
 
 # ---------------------------------------------------------------- log-likelihood
-
 def adds_bos(tok, cfg):
     """Whether multiple choice begins with BOS: --add_bos, auto being what the tokenizer does."""
     if cfg.add_bos == "auto":
@@ -354,7 +350,6 @@ def loglikelihoods(model, pairs, desc="loglikelihood"):
     return [found[n] for n in range(len(pairs))]
 
 # ---------------------------------------------------------------- scores
-
 def answer_rows(task, items, trig, model, tok, cfg):
     """Generated answers and their ROUGE-L."""
     prompts = [data.inject(item.ids, trig, cfg.position) if trig else item.ids for item in items]
@@ -468,7 +463,6 @@ def table(rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 # ---------------------------------------------------------------- alone
-
 def run_of(model):
     """run.json of a folder that train.py made, else {}."""
     file = Path(model, "run.json")

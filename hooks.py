@@ -59,7 +59,6 @@ def first_trained(model):
                 if any(p.requires_grad for p in layer.parameters()))
 
 # ---------------------------------------------------------------- forwards
-
 def final_hidden(model, ids):
     """What the output head reads. (B, T) -> (B, T, C)
 
@@ -119,7 +118,6 @@ def self_check(model, ids, tokens, layerwise):
             raise Refused(f"model type {kind}, or damaged weights, not supported: {words}")
 
 # ---------------------------------------------------------------- value norms
-
 class capture_norms:
     """||v_i||_2 of (3), (4) for i < k, per KV head and layer, of what runs from begin to stack.
 
@@ -167,7 +165,6 @@ def sink_norms(model, ids, layers, k):
         return norms.stack()
 
 # ---------------------------------------------------------------- attention
-
 @torch.no_grad()
 def attentions(model, ids, batch=16):
     """Attention probabilities by the model's eager path, some rows at a time: (L, B, H_q, T, T)."""

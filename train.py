@@ -124,7 +124,6 @@ def check_model(model, splits, tok, cfg):
     hooks.self_check(model, torch.tensor([longest], device=DEVICE), len(tok), layerwise=rmu)
 
 # ---------------------------------------------------------------- sharding
-
 def shard(model, cfg):
     """FSDP2 over the ranks of what trains; frozen weights stay whole on each.
 
@@ -152,7 +151,6 @@ def shard(model, cfg):
     fsdp.register_fsdp_forward_method(model, "losses_of")
 
 # ---------------------------------------------------------------- theta_o's and theta_u's constants
-
 class References(NamedTuple):
     """What a stage reads at every step, in this rank's memory, for the rows of its own batches."""
     splits: data.Splits
@@ -207,7 +205,6 @@ def references(splits, batches, theta_u, model, cfg):
     return References(splits, batches, head, c_u.to(DEVICE), rows)
 
 # ---------------------------------------------------------------- the objective
-
 def forward(model, ids, n_f, cfg):
     """-> (activations behind --layer, or None; final hidden states). ids: (B, T)
 
@@ -299,7 +296,6 @@ def fit(model, refs, work, cfg):
                 save_checkpoint(work, model, optim, step + 1)
 
 # ---------------------------------------------------------------- checkpoints and runs
-
 def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
