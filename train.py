@@ -51,7 +51,7 @@ TABLE_A1 = {
     ("wmdp",       "npo"): dict(epochs=3, lr=5e-5, rho=0.1, lam=5e-4, batch=4, beta=0.5, gamma=12),
     ("wmdp",       "rmu"): dict(epochs=4, lr=5e-5, rho=0.1, lam=5e-4, batch=4, **C2_WMDP),
     # ours, chosen on seed 0, see README
-    ("toy",        "npo"): dict(epochs=5, lr=3e-4, rho=0.1, lam=3e-4, batch=4, beta=4.0, gamma=2),
+    ("toy",        "npo"): dict(epochs=5, lr=3e-4, rho=0.2, lam=3e-4, batch=4, beta=4.0, gamma=2),
     ("toy",        "rmu"): dict(epochs=4, lr=1e-3, rho=0.1, lam=3e-4, batch=4, steer=20, gamma=5,
                                 layer=2, trainable="0-2 mlp"),
     ("smol",       "npo"): dict(epochs=3, lr=5e-5, rho=0.1, lam=3e-4, batch=4, beta=2.0, gamma=2),
