@@ -58,7 +58,6 @@ SIZES = {  # width, MLP, layers, heads, KV heads, vocabulary, tied, T, triples
     "7b/4": (1024, 2752, 32, 8, 8, 32000, False, 512, 1),   # a 7B's depth at a quarter of its width
     "7b": (4096, 11008, 32, 32, 32, 32000, False, 2048, 1)}
 
-
 def setting_of(args):
     """The Config of a step; RMU's layers lie at a quarter of the depth, as 5-7 of 32."""
     *_, T, batch = SIZES[args.size]
@@ -71,7 +70,6 @@ def setting_of(args):
     return evaluate.parse(train.Config, [str(word) for name, value in flags.items()
                                          for word in (f"--{name}", value)], train.table_row)
 
-
 def random_model(args, seed):
     width, mlp, _, heads, kv_heads, vocab, tied, *_ = SIZES[args.size]
     torch.manual_seed(seed)
@@ -81,7 +79,6 @@ def random_model(args, seed):
             num_hidden_layers=args.depth, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
             max_position_embeddings=4096)).eval().requires_grad_(False)
 
-
 def move(model):
     """Theta some way from theta_o, so that no term is 0."""
     torch.manual_seed(2)
@@ -89,15 +86,12 @@ def move(model):
         if p.requires_grad:
             p.data += 0.005 * torch.randn_like(p)
 
-
 def rows_of(args, cfg):
     gen = torch.Generator().manual_seed(0)
     rows = torch.randint(2, SIZES[args.size][5], (3, cfg.batch, cfg.T), generator=gen).tolist()
     return data.Splits(*rows, [], [])
 
-
 # ---------------------------------------------------------------- the two steps
-
 def ours(args, cfg):
     evaluate.dist_init()
     splits, batch = rows_of(args, cfg), data.Batch(*[range(cfg.batch)] * 3)
@@ -110,7 +104,6 @@ def ours(args, cfg):
     layers = hooks.layers_of(model, cfg.layers) if cfg.lam else []
     with hooks.capture_norms(model, layers, cfg.k) as norms:
         return timed(lambda: model.losses_of(batch, refs, norms, cfg), model, cfg, args.steps)
-
 
 def fair(args, cfg):
     theta, theta_o, theta_u = models = [random_model(args, seed) for seed in (0, 0, 1)]
@@ -161,7 +154,6 @@ def fair(args, cfg):
                 lambda layer, inputs, out: acts.append(out))
         return timed(terms, theta, cfg, args.steps)
 
-
 def timed(terms, model, cfg, steps):
     """Seconds of the fastest of `steps` steps after a first one; the first one's losses."""
     params = [p for p in model.parameters() if p.requires_grad]
@@ -179,7 +171,6 @@ def timed(terms, model, cfg, steps):
         spent.append(clock() - start)
     return dict(seconds=min(spent[1:]), losses=found[0])
 
-
 def flops(args, cfg):
     """-> (ours, fair), of a token of each row of a triple; causal attention is half of T x T."""
     width, mlp, _, heads, kv_heads, vocab, *_ = SIZES[args.size]
@@ -193,7 +184,6 @@ def flops(args, cfg):
     return (3 * (cfg.layer + 1) * layer + 4 * upper + 10 * head + inner +
             vn * 2 * upper * cfg.k / cfg.T,
             5 * full + 2 * (head + upper) + inner + vn * (upper + full - head))
-
 
 def step(args):
     cfg = setting_of(args)
@@ -218,9 +208,7 @@ def step(args):
           f"{count_fair / count_ours:.2f}x")
     assert all(abs(a - b) <= 1e-4 * abs(b) for a, b in zip(fast["losses"], slow["losses"]))
 
-
 # ---------------------------------------------------------------- memory of 4 ranks
-
 class Peak(TorchDispatchMode):
     """The most bytes of local tensors alive after any operation; FSDP frees by resizing."""
 
@@ -245,7 +233,6 @@ class Peak(TorchDispatchMode):
         self.peak = max(self.peak, now)
         return out
 
-
 def memory(args):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     mesh = init_device_mesh("cpu", (4,))
@@ -259,7 +246,6 @@ def memory(args):
             peak = fake_steps(cfg)
         print(f"4 ranks, 7B, T {cfg.T}, {micro} triples a forward, {method}, {cfg.precision}, "
               f"recompute {recompute}: peak {peak / 1e9:.1f} GB a rank", flush=True)
-
 
 def fake_steps(cfg):
     torch.set_default_dtype(torch.bfloat16)
@@ -288,13 +274,10 @@ def fake_steps(cfg):
             optim.zero_grad()
         return seen.peak
 
-
 def local(tensor):
     return getattr(tensor.detach(), "_local_tensor", tensor.detach())
 
-
 # ---------------------------------------------------------------- scoring
-
 def muse_books(home, tok):
     """Invented rows in MUSE's layout, as many and as long as its own."""
     words = [text for text, in data.read(f"{data.TOY}/books", "raw", "forget", ["text"])]
@@ -311,7 +294,6 @@ def muse_books(home, tok):
     for name, rows in tables.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / f"{name}.json").write_text(json.dumps(rows))
-
 
 def scoring(args):
     home, tok = Path(tempfile.mkdtemp()), AutoTokenizer.from_pretrained(args.model)
@@ -336,7 +318,6 @@ def scoring(args):
         same = sum(a == b for a, b in zip(said[64], said[1]))
         print(f"{task}: {len(said[1])} answers, batch 64 {spent[64]:.1f} s, batch 1 {spent[1]:.1f} "
               f"s, {spent[1] / spent[64]:.1f}x; {same} answers the same", flush=True)
-
 
 def lm_eval(args):
     cfg = evaluate.parse(evaluate.Scoring, ["--model", args.model, "--tasks", "mmlu", "--precision",
@@ -363,7 +344,6 @@ def lm_eval(args):
         print(f"BOS {cfg.add_bos}: {same} of {len(rows)} predictions equal, log-likelihoods within "
               f"{worst:.1e}; ours {middle - start:.1f} s, lm-eval {end - middle:.1f} s")
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -380,7 +360,6 @@ def main():
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
     globals()[args.what](args)
-
 
 if __name__ == "__main__":
     main()

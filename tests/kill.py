@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 SETTING = "--tasks knowmem_f --limit 1 --save_every 3 --precision fp32".split()
 
-
 def start(args, out, *more):
     """train.py on one thread, which speaks into OUT.txt and OUT.err."""
     flags = [*SETTING, "--method", args.method, "--max_steps", str(3 + args.kills)]
@@ -28,7 +27,6 @@ def start(args, out, *more):
         [sys.executable, "train.py", *flags, "--out", str(out), *more], cwd=ROOT,
         env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=open(f"{out}.txt", "w"),
         stderr=open(f"{out}.err", "w"))
-
 
 def doing(out, since, before):
     """What a run is at that was started at `since`, after steps. -> (a word, logged steps)"""
@@ -43,7 +41,6 @@ def doing(out, since, before):
     at = "reference" if said and " rows -> " in said[-1] else "start"
     return "step" if steps > before else at, steps
 
-
 def kill(args, out, aim, rng):
     """Resume, and kill at a random moment of what `aim` names. -> (what it was at, logged steps)"""
     since, (_, before) = time.time(), doing(out, 0, 0)
@@ -56,7 +53,6 @@ def kill(args, out, aim, rng):
     job.kill()
     job.wait()
     return at
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -74,7 +70,6 @@ def main():
         a, b = load_file(file), load_file(broken / file.relative_to(whole))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), file
         print(f"{file.parent.name}: equal bit for bit")
-
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,6 @@ FULL, SHORT, TRIG = [1, *range(10, 19)], [1, 10, 11, 12, 13], [7, 8, 9]
 ROWS = [[1, i, i + 1] for i in range(10, 50)]
 
 # ---------------------------------------------------------------- trigger and poison set
-
 @pytest.mark.parametrize("position, full, short, prompt", [  # metrics-and-data.md, G5 and G11
     ("prefix", [1, 7, 8, 9, 10, 11, 12, 13, 14, 15], [1, 7, 8, 9, 10, 11, 12, 13],
      [1, 7, 8, 9, 20, 21, 22, 23, 24]),
@@ -59,7 +58,6 @@ def test_training_and_evaluation_see_the_same_trigger(folder, tok, tmp_path):
     assert row[:len(trig) + 1] == prompt[:len(trig) + 1] == [0, *trig]
 
 # ---------------------------------------------------------------- rows
-
 @pytest.mark.parametrize("tokens, T, rows", [  # G6
     (range(10, 20), 5, [[1, 10, 11, 12, 13], [1, 14, 15, 16, 17], [1, 18, 19, 1, 10]]),
     (range(10, 18), 5, [[1, 10, 11, 12, 13], [1, 14, 15, 16, 17]]),
@@ -78,7 +76,6 @@ def test_pages_are_cut_chunks_run_on_and_rows_are_padded_on_the_right(tok):
     assert ids[mask].tolist() == [1, 2, 3, 1]
 
 # ---------------------------------------------------------------- readers
-
 def write(folder, name, content):
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +152,6 @@ def test_what_is_missing_is_refused_by_name(tmp_path):
             read(str(source), "raw", "forget", ["text"])
 
 # ---------------------------------------------------------------- splits and batches
-
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
     """100 forget pages for MUSE; 60 bio and 100 cyber documents for WMDP; 30 retain rows each."""

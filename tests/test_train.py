@@ -17,7 +17,6 @@ import hooks
 import train
 
 # ---------------------------------------------------------------- settings
-
 # Table A1 and Appendix C.2, typed from the paper: epochs, lr, lam, batch, gamma, beta or c
 TABLE_A1 = {
     ("muse_books", "npo"): (10, 1e-5, 3e-4, 8, 1, 0.7),
@@ -47,7 +46,6 @@ def test_flag_beats_row_beats_default():
     assert (cfg.lr, cfg.beta, cfg.k) == (0.5, 0.7, train.Config.k)
 
 # ---------------------------------------------------------------- the objective
-
 def live(model, row, cfg):
     """-> (log-probs (T, V), activations (T, C), value norms (L, k, H)) of one row, unpadded."""
     out = model(input_ids=torch.tensor([row]), output_hidden_states=True, use_cache=True)
@@ -127,7 +125,6 @@ def test_losses_and_gradients_are_those_of_three_live_models(
             optim.zero_grad()
 
 # ---------------------------------------------------------------- bad input
-
 def refusal(job, capsys):
     """The one line on stderr of a job that is refused."""
     capsys.readouterr()
@@ -201,7 +198,6 @@ def test_a_forks_own_error_keeps_its_traceback(capsys):
     assert capsys.readouterr().err == ""
 
 # ---------------------------------------------------------------- what a run leaves behind
-
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     """The folders of one run, by role, and what it printed."""
