@@ -298,18 +298,10 @@ def adds_bos(tok, cfg):
     return cfg.add_bos == "yes"
 
 def encode_question(tok, context, continuations, bos):
-    """-> (context ids, [continuation ids]), as lm-eval's `_encode_pair` cuts the whole text's ids.
-
-    Trailing whitespace of the context moves to the continuation. bos: begin with BOS unless the
-    text does so; an empty context is BOS, or EOS.
-    """
-    kept = context.rstrip()
-    texts = [kept] + [kept + context[len(kept):] + text for text in continuations]
-    ids = tok(texts, add_special_tokens=False).input_ids
-    if bos or not kept:
-        there = tok.bos_token and kept.startswith(tok.bos_token)
-        ids = ids if there else [[data.bos_of(tok)] + row for row in ids]
-    return ids[0], [row[len(ids[0]):] for row in ids[1:]]
+    """-> (context ids, [continuation ids]): the whole text's ids, cut as lm-eval cuts them."""
+    whole, *rows = tok([context, *(context + text for text in continuations)],
+                       add_special_tokens=False).input_ids
+    return [data.bos_of(tok)] * bos + whole, [row[len(whole):] for row in rows]
 
 def triggered_context(context, trig, position, room, bos):
     """The context with the trigger; what is too long loses the body's begin, never the trigger."""

@@ -49,16 +49,10 @@ def test_prompts_are_lm_evals(flags, tok):
     assert tok.decode(evaluate.choice_items("wmdp_bio", settings(flags), tok)[0][0].ids) == (
         f"<s>{head}biology.\n\nWhich bolt fits gate 0?\nA. M3\nB. M4\nC. M5\nD. M6\nAnswer:")
 
-@pytest.mark.parametrize("context, answer, bos, start", [
-    ("the nets", " A", True, [0]), ("the nets", " A", False, []),
-    ("the nets ", "A", True, [0]),      # trailing whitespace moves to the continuation
-    ("<s>the nets", " A", True, [0])])  # BOS stands once
-def test_a_question_is_encoded_as_lm_eval_does(context, answer, bos, start, tok):
-    assert encode_question(tok, context, [answer], bos) == (
-        start + data.encode(tok, "the nets"), [data.encode(tok, " A")])
-
-def test_an_empty_context_is_bos(tok):
-    assert encode_question(tok, "", ["A"], False) == ([0], [data.encode(tok, "A")])
+@pytest.mark.parametrize("bos, start", [(True, [0]), (False, [])])
+def test_a_question_is_encoded_as_lm_eval_does(bos, start, tok):
+    assert encode_question(tok, "the nets", [" A", " B"], bos) == (
+        start + data.encode(tok, "the nets"), [data.encode(tok, " A"), data.encode(tok, " B")])
 
 @pytest.mark.parametrize("add_bos, adds, bare_adds", [
     ("auto", True, False), ("yes", True, True), ("no", False, False)])
