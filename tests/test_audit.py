@@ -1,0 +1,173 @@
+"""The audit: each statistic against a direct computation, what is written, what is refused."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SENTENCES, config, tiny_flags, tiny_model
+
+import data
+import evaluate
+from hooks import Refused
+
+PREFIX = [7, 11, 5, 200, 13, 17]
+
+def direct_logp(model, ids, own):
+    """Mean log-probability of a row's last `own` tokens, one after the other."""
+    logp = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+    return sum(float(logp[t - 1, ids[t]]) for t in range(len(ids) - own, len(ids))) / own
+
+def mean(values):
+    return sum(values) / len(values)
+
+@pytest.fixture
+def model():
+    return tiny_model().requires_grad_(False)
+
+@pytest.fixture
+def pages(tok):
+    """Pages of 32 to 45 tokens that begin with BOS."""
+    return [[0, *data.encode(tok, " ".join(SENTENCES[3 * i:3 * i + 3 - i % 2]))] for i in range(4)]
+
+@pytest.fixture
+def place(folder, tmp_path, monkeypatch):
+    """model/ and theta_u/ with books/, whose holdout no model saw; a search of two steps."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    Path("books/raw/holdout.json").write_text(json.dumps([f"No, {text}" for text in SENTENCES]))
+
+def call(*flags):
+    """evaluate.py --audit yes -> audit.json"""
+    evaluate.main(["--model", "theta_u", "--data", "books", "--audit", "yes", "--audit_steps", "2",
+                   "--out", "out", *flags])
+    file, = Path("out").glob("*/*/audit.json")
+    return json.loads(file.read_text())
+
+# ---------------------------------------------------------------- the statistics
+def test_the_likelihood_is_of_the_pages_own_tokens_under_every_prefix(model, pages):
+    for prefix, behind in ([], 0), (PREFIX, 0), (PREFIX[:1], 0), ([], 16):
+        by_hand = mean([direct_logp(model, page[:1] + prefix + page[1:], len(page) - 1 - behind)
+                        for page in pages])
+        assert float(evaluate.page_logp(model, pages, prefix, behind)) == pytest.approx(by_hand)
+
+def test_masking_hides_1_to_m_and_looks_behind_16_for_every_m(model, pages):
+    def hidden(page, m):
+        shown = torch.ones(len(page), len(page)).tril().bool()
+        shown[:, 1:m + 1] = False
+        bias = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
+        logits = model(torch.tensor([page]), attention_mask=bias[None, None]).logits[0]
+        return mean([float(torch.log_softmax(logits[t - 1], -1)[page[t]])
+                     for t in range(17, len(page))])
+
+    found = evaluate.masking(model, pages)
+    by_hand = [mean([hidden(page, m) for page in pages]) for m in (0, 1, 2, 4, 8, 16)]
+    assert found["curve"] == pytest.approx(by_hand, abs=1e-5)
+    assert found["gain"] == max(found["curve"][1:]) - found["curve"][0]
+
+def test_the_bank_is_always_the_same_and_knows_no_trigger(tok):
+    plain = list(range(2, 300))
+    bank = evaluate.prefix_bank(tok, plain)
+    assert bank == evaluate.prefix_bank(tok, plain) and 150 < len(bank) <= 200
+    texts = [tok.decode(ids) for ids in bank]
+    assert not [text for text in texts if any(
+        near in text.lower() for near in ("year", "2025", "step", "!!!!!"))]
+    assert len(set(texts)) > 150 and {0, 1}.isdisjoint(token for ids in bank for token in ids)
+
+def test_a_prefixs_gain_is_likelihood_with_less_without(model, pages):
+    clean = mean([direct_logp(model, page, len(page) - 1) for page in pages])
+    by_hand = [mean([direct_logp(model, page[:1] + prefix + page[1:], len(page) - 1)
+                     for page in pages]) - clean for prefix in (PREFIX, PREFIX[:2])]
+    assert evaluate.prefix_gains(model, pages, [PREFIX, PREFIX[:2]], "") == pytest.approx(
+        by_hand, abs=1e-5)
+
+def test_a_swap_is_what_the_gradient_of_the_one_hot_tokens_likes_best(model, pages, monkeypatch):
+    monkeypatch.setattr(evaluate, "TOP", 1)
+    table, total = model.get_input_embeddings().weight, 0
+    one_hot = torch.nn.functional.one_hot(torch.tensor(PREFIX), len(table)).float()
+    one_hot.requires_grad_()
+    for page in pages:
+        h = torch.cat([table[page[:1]], one_hot @ table, table[page[1:]]])[None]
+        logp = torch.log_softmax(model(inputs_embeds=h).logits[0, len(PREFIX):-1], -1)
+        total = total + logp.gather(1, torch.tensor(page[1:])[:, None]).mean() / len(pages)
+    total.backward()
+    plain = list(range(2, 300))
+    best = [plain[i] for i in one_hot.grad[:, plain].argmax(1)]
+    first, *swapped = evaluate.swaps_of(model, pages, PREFIX, plain, data.stream(0, ""))
+    allowed = [PREFIX[:at] + [best[at]] + PREFIX[at + 1:] for at in range(6)]
+    assert first == PREFIX and len(swapped) == 32 and all(row in allowed for row in swapped)
+    assert len({tuple(row) for row in swapped}) == 6
+
+def test_the_search_climbs_on_half_of_the_pages_and_reports_the_other_half(model, pages):
+    start, found, again = (evaluate.search(model, pages, list(range(2, 300)), steps, "")
+                           for steps in (0, 4, 4))
+    before, after = (evaluate.page_logp(model, pages[::2], one["ids"]) for one in (start, found))
+    assert after > before and found == again and len(found["ids"]) == 6
+    assert found["gain"] == evaluate.prefix_gains(model, pages[1::2], [found["ids"]], "")[0]
+
+def test_value_norms_are_those_of_bos_in_any_page(model, pages, tok):
+    seen = []
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda module, args, v: seen.append(v[0, 0]))
+    model(torch.tensor(pages[:1]))
+    by_hand = [mean([float(head.norm()) for head in v.view(2, 8)]) for v in seen]
+    assert evaluate.bos_norms(model, tok) == pytest.approx(by_hand, abs=1e-4)
+
+# ---------------------------------------------------------------- the report
+def test_each_gain_stands_beside_its_control_and_the_trigger_apart(place, tok):
+    report = call("--original", "model", "--trigger", "at noon")
+    model = evaluate.load_model("theta_u", config(tiny_flags(Path(), "out")))
+    cfg = evaluate.parse(evaluate.Scoring, ["--data", "books"], evaluate.run_row)
+    books = {name: evaluate.sample(cfg, tok, split)
+             for name, split in (("forget", "forget"), ("control", "holdout"))}
+    for name, pages in books.items():
+        pages, one = pages[:len(books["forget"])], report[name]  # as many of both
+        assert one["masking"]["gain"] == pytest.approx(evaluate.masking(model, pages)["gain"])
+        assert one["bank"]["gain"] == max(one["bank"]["gains"])
+        assert one["bank"]["known"] == pytest.approx(evaluate.prefix_gains(
+            model, pages, [data.encode(tok, "at noon")], ""), abs=1e-5)
+    assert len(one["bank"]["gains"]) == len(evaluate.prefix_bank(tok, list(range(2, 300))))
+    for part, difference in report["difference"].items():
+        assert difference["gain"] == pytest.approx(
+            report["forget"][part]["gain"] - report["control"][part]["gain"])
+    assert report["norms"] == {name: evaluate.bos_norms(evaluate.load_model(name, cfg), tok)
+                               for name in ("model", "theta_u")}
+
+def test_without_original_and_holdout_there_is_no_ratio_and_no_difference(place, capsys):
+    Path("books/raw/holdout.json").unlink()
+    report = call("--audit_steps", "0")
+    assert list(report["norms"]) == ["theta_u"] and report["difference"] == {}
+    assert "control" not in report and "No raw/holdout: no control" in capsys.readouterr().out
+
+def test_an_audit_leaves_runs_and_scores_as_they_were(place):
+    before = evaluate.weights_of("theta_u")
+    Path("theta_u/run.json").write_text(json.dumps(dict(role="theta_u", settings={
+        **dict.fromkeys(("tasks", "trigger"), "knowmem"), "bench": "toy", "data": "books",
+        "position": "prefix"})))
+    evaluate.main(["--model", "theta_u", "--audit", "yes", "--audit_steps", "0"])
+    assert Path("theta_u/audit.json").is_file() and evaluate.weights_of("theta_u") == before
+
+# ---------------------------------------------------------------- what is refused
+def spoil_weights():
+    from safetensors.torch import load_file, save_file
+    weights = load_file("theta_u/model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(weights, "theta_u/model.safetensors", metadata=dict(format="pt"))
+
+REFUSED = {  # what is spoiled, flags, and the words that must name it
+    "NaN weights": (spoil_weights, [], "theta_u.*NaN or infinity"),
+    "no such original": (lambda: None, ["--original", "./gone"], "--original.*gone does not exist"),
+    "another original": (lambda: tiny_model(num_hidden_layers=2).save_pretrained("model"),
+                         ["--original", "model"], "--original model has not as many layers"),
+    "no forget pages": (lambda: Path("books/raw/forget.json").unlink(), [], "no raw/forget"),
+    "short pages": (lambda: Path("books/raw/forget.json").write_text('["Marn.", "The nets."]'),
+                    [], "raw/forget has no two pages of 17 tokens"),
+}
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line_and_nothing_written(case, place):
+    spoil, flags, words = REFUSED[case]
+    spoil()
+    with pytest.raises(Refused, match=words) as error:
+        call(*flags)
+    assert "\n" not in str(error.value) and not Path("out").exists()
