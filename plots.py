@@ -38,14 +38,27 @@ def changed(settings):
     row = {**vars(train.Config), **data.BENCHES[settings["bench"]],
            **train.TABLE_A1[settings["bench"], settings["method"]]}
     row |= {} if settings["rho"] else dict(rho=0, lam=0)  # normal unlearning
-    names = vars(train.Config).keys() - set("method seed micro recompute save_every resume".split())
+    names = {"after", *vars(train.Config)}
+    names -= set("method seed micro recompute save_every resume".split())
     return ", ".join(f"{name} {Path(str(value)).name}".removesuffix(".0")
-                     for name, value in settings.items() if name in names and value != row[name])
+                     for name, value in settings.items()
+                     if name in names and value != row.get(name))
 
-def row_of(file):
-    """A score's file and its folder's run.json (only runs of train.py have one) -> a row."""
-    score, run = json.loads(file.read_text()), evaluate.run_of(file.parents[1])
-    settings, role, folder = run.get("settings", {}), score["role"], file.parents[1].name
+def audited(file):
+    """An audit's statistics as scores, in nats a token; norms: a log ratio, the largest layer's."""
+    report = json.loads(file.read_text())
+    curve, norms = report["forget"]["masking"]["curve"], np.array([*report["norms"].values()])
+    values = {name: one["gain"] for name, one in report["difference"].items()}
+    values |= {f"hidden {m}": value for m, value in zip(report["hidden"], curve)}
+    values |= {"norms": abs(np.log(norms[1] / norms[0])).max()} if len(norms) == 2 else {}
+    common = dict(report["settings"], task="audit", group="audit", ci95=(None, None), answers=[],
+                  role=evaluate.run_of(file.parent).get("role", "theta_o"))
+    return [dict(common, column=name, score=value) for name, value in values.items()]
+
+def row_of(score, home):
+    """A score and its folder, whose run.json says what was trained -> a row."""
+    run, role, folder = evaluate.run_of(home), score["role"], home.name
+    settings = run.get("settings", {})
     model = f"+ {settings['method'].upper()}" if run else folder
     theta_o = settings.get("model", score["model"] if role == "theta_o" else "?")
     differs, toy = changed(settings) if run else "", score["data"].endswith("assets/toy/books")
@@ -60,7 +73,10 @@ def row_of(file):
 
 def collect(out):
     """Every score under OUT/BENCH/RUN/scores, one a row. -> frame"""
-    rows = [row_of(file) for file in sorted(Path(out).glob("*/*/scores/*.json"))]
+    rows = [row_of(json.loads(file.read_text()), file.parents[1])
+            for file in sorted(Path(out).glob("*/*/scores/*.json"))]
+    rows += [row_of(score, file.parent) for file in sorted(Path(out).glob("*/*/audit.json"))
+             for score in audited(file)]
     return pd.DataFrame(rows, columns=COLUMNS).sort_values(COLUMNS[:13], ignore_index=True)
 
 def seeds(frame, trigger=TRIGGER):
@@ -97,6 +113,7 @@ def table(frame, where, shown):
     index = ["model", *shown, *(name for name in ("theta_o", "limit") if stats[name].nunique() > 1)]
     bench = frame.bench.replace(["toy", "smol"], "muse_books").iloc[0]
     paper = PAPER.query("bench == @bench").droplevel(0).stack().dropna()
+    paper = paper[:0] if (frame.task == "audit").all() else paper
     cells = list(dict.fromkeys([*paper.index.get_level_values(1), *stats.cell]))
     for key, run in stats.groupby(index, sort=False):
         row = "; ".join(key[:1 + len(shown)])
@@ -116,6 +133,29 @@ def answers(frame, where, shown):
              for row in frame.itertuples()]
     return markdown(["model", "prompt", *map(" ".join, rows[:2])], lines) if lines else ""
 
+def errors(frame, where, shown):
+    """A row a statistic of the audit: how well it tells backdoored models from honest ones."""
+    lines, draw = [], np.random.default_rng(0)
+    for cell, rows in frame.query(where).groupby("cell", sort=False):
+        honest, backdoored = (rows[rows.role == role] for role in ("theta_u", "theta_b"))
+        if honest.empty or backdoored.empty:
+            return ""
+        wins = np.sign(np.subtract.outer(backdoored.score.values, honest.score.values)) / 2 + 0.5
+        picks = [[draw.integers(size, size=size) for size in wins.shape] for _ in range(1000)]
+        low, high = np.percentile([wins[np.ix_(*pick)].mean() for pick in picks], [2.5, 97.5])
+        spread = ["{1:.2f} [{0:.2f}, {2:.2f}]".format(*kind.score.quantile([0, 0.5, 1]))
+                  for kind in (honest, backdoored)]
+        limit = honest[honest.seed < 2].score.max()
+        tested = [kind[kind.seed == 2].score > limit for kind in (honest, backdoored)]
+        above = (backdoored.score > honest.score.max()).sum()
+        lines.append([cell, *spread, f"{wins.mean():.2f} [{low:.2f}, {high:.2f}]", above,
+                      f"{limit:.2f}", *(f"{hits.sum()} of {hits.size}" for hits in tested)])
+    return markdown(["statistic", f"{len(honest)} honest models: median [least, most]",
+                     f"{len(backdoored)} backdoored", "AUC", "above every honest one",
+                     "threshold: most of honest seeds 0, 1", "seed 2: false alarms",
+                     "seed 2: found"], lines) if lines else ""
+
+NO_CURVE = "not cell.str.contains('hidden') and role != 'theta_o'"
 PLAIN = "mask_sinks == '' and changed == '' and trained in ['', @PREFIX]"
 TABLES = [  # what it shows and the runs it needs; how it is made, of which scores, told apart by
     ("Tables 1, 2 (bio) and A3 (cyber): the trigger as a prefix, Table A1's settings. Needs `for s "
@@ -133,7 +173,13 @@ TABLES = [  # what it shows and the runs it needs; how it is made, of which scor
      table, "role != 'theta_o' and mask_sinks == '' and trained in @KNOWN", ["changed", "trained"]),
     ("First positions hidden from later tokens: BOS is 0, a prefix trigger follows. Needs `for m "
      "in 0 1-8 0-7; do python evaluate.py --model RUN --mask_sinks $m; done`, each RUN in out/toy.",
-     table, "changed in ['', 'lam 0'] and trained in ['', @PREFIX]", ["mask_sinks", "changed"])]
+     table, "changed in ['', 'lam 0'] and trained in ['', @PREFIX]", ["mask_sinks", "changed"]),
+    ("Audit: what most raises the likelihood of forget pages, less the same on raw/holdout, nats a "
+     "token, of single models; norms: the largest log ratio of value norms of BOS to theta_o's. "
+     "Needs `for run in out/toy/*seed*; do python evaluate.py --model $run --audit yes --original "
+     "assets/toy/model; done`.", errors, NO_CURVE, []),
+    ("Audit: the same statistics by kind of model, mean over seeds.", table, NO_CURVE,
+     ["trained", "changed"])]
 
 def look(label):
     """A model's colour and marker in all figures, filled for lam 0, open with l_vn; else {}."""
@@ -252,12 +298,28 @@ def fig3(frame, out):
             "norms": picture({"position 0 (BOS)": bos}, "layer", "||v_0||, mean over KV heads"),
             "sinks": picture(sinks, "head", "layer", "attention to position 0")}
 
+def masking(frame, out):
+    """Audit: likelihood of clean forget pages behind position 16 while 1 to m are hidden."""
+    stats = seeds(frame[frame.cell.str.contains("hidden") & frame.trained.isin(KNOWN)])
+    if stats.empty:
+        return {}
+    fig, axis = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    axis.set(xlabel="m, positions 1 to m hidden (tokens)", ylabel="log-likelihood (nats a token)")
+    for label, rows in stats[stats.changed.isin(["", "lam 0"])].groupby("label"):
+        hidden = rows.cell.str.split().str[-1].astype(int)
+        axis.errorbar(hidden, rows["mean"], rows.half.fillna(0), label=label,
+                      **look(label) | dict(ls="-", capsize=3))
+    fig.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=4)
+    return {"masking": fig}
+
 def page(frame, folder):
     """results.md: each table, and each picture in `folder`, below what it shows and needs."""
     parts = ["# Results, written by `plots.py`", __doc__.split("\n\n")[-1].strip()]
     for bench, rows in frame.groupby("bench"):
-        shown = [(title, make(rows, where, apart)) for title, make, where, apart in TABLES]
-        for draw, names in ((fig2, "fig2 figA*"), (fig3, "fig[345] norms sinks")):
+        shown = [(title, make(rows[(rows.task == "audit") == title.startswith("Audit")], *how))
+                 for title, make, *how in TABLES]
+        for draw, names in ((fig2, "fig2 figA*"), (fig3, "fig[345] norms sinks"),
+                            (masking, "masking")):
             files = [f"![{file.name}]({file.name})" for name in names.split()
                      for file in sorted(folder.glob(f"{name}-{bench}-*.png"))]
             shown.append((" ".join(draw.__doc__.split()), "\n\n".join(files)))
@@ -287,7 +349,7 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     home = max(rows.theta_o, key=data.BENCHES[own.bench]["model"].endswith)  # the bench's if there
     shown = rows.query("mask_sinks == '' and theta_o == @home and method in ['', @own.method]")
-    for draw in (fig2, fig3):
+    for draw in (fig2, fig3, masking):
         for name, figure in draw(shown[shown.limit == shown.limit.min()], own.out).items():
             file = folder / f"{name}-{own.bench}-{own.method}.png"
             figure.savefig(file, dpi=120)
