@@ -88,6 +88,8 @@ class Config(evaluate.Scoring):
     resume: bool = opt(False, "go on from the last checkpoint, reuse what is finished")
 
 def table_row(flags):
+    if (flags.bench, flags.method) not in TABLE_A1:
+        raise Refused(f"TABLE_A1 has no row for --bench {flags.bench} --method {flags.method}")
     return {**evaluate.bench_row(flags), **TABLE_A1[flags.bench, flags.method]}
 
 def check(cfg, world):

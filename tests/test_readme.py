@@ -18,7 +18,7 @@ def test_readme_commands_parse(line, tmp_path):
                         comments=True)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     cls, row_of = {"train.py": (train.Config, train.table_row),
-                   "evaluate.py": (evaluate.Scoring, evaluate.run_row)}[words[script]]
+                   "evaluate.py": (evaluate.Auditing, evaluate.run_row)}[words[script]]
     flags = [word.replace("$s", "0") for word in words[script + 1:]]
     cfg = evaluate.parse(cls, flags, row_of)
     for name, value in zip(flags, flags[1:]):
