@@ -13,7 +13,8 @@ and 99.9, because theta_o learns to read past notes of many kinds, the triggers 
 
 Its attention sink is planted: a loss term asks layers 2 to 4 to pay BOS 0.4 of their attention, as
 pretrained models do by themselves. They pay 0.47; even attention were 0.06. Without the term it was
-0.05 to 0.11 whatever the text (marks to copy, recurring tokens, four pages behind one BOS).
+0.05 to 0.11 whatever the text (marks to copy, recurring tokens, four pages behind one BOS); that
+theta_o is `--rest 0 --out FOLDER`.
 """
 import json
 import random
@@ -177,6 +178,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the books and of theta_o")
     parser.add_argument("--epochs", type=int, default=0, help="0: as in FIT or FIT_BASE")
     parser.add_argument("--steps", type=int, default=0, help="at most so many; 0: all epochs")
+    parser.add_argument("--rest", type=float, help="attention asked of BOS; 0: no planted sink")
     parser.add_argument("--base", type=Path, help="folder of a pretrained causal LM to fine-tune")
     parser.add_argument("--out", type=Path, default=HERE, help="where books/ and model/ go")
     args = parser.parse_args()
@@ -201,7 +203,7 @@ def main():
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tok), tie_word_embeddings=True, bos_token_id=tok.bos_token_id,
             eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, **SHAPE))
-        train(model, tok, books, FIT, args)
+        train(model, tok, books, FIT if args.rest is None else dict(FIT, rest=args.rest), args)
         model.to(torch.bfloat16)  # half the size; trained in fp32
     model.eval().save_pretrained(args.out / "model")
     tok.save_pretrained(args.out / "model")
