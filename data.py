@@ -211,8 +211,6 @@ def read_table(cfg, table, columns, blank=False):
     source, config, split = TABLES[table]
     if any(Path(cfg.data).glob(f"{table}[.-]*")):
         source, config, split = cfg.data, None, table
-    elif table.startswith("wmdp_") and not Path(cfg.data).is_dir():
-        source = cfg.data
     return read(source, config, split, columns, blank)
 
 # ---------------------------------------------------------------- splits
@@ -235,8 +233,9 @@ def texts_of(cfg):
 def load_splits(cfg, tok):
     """D_f, D_r and D_p of a bench. D_f takes as many rows of each topic as the smallest has."""
     topics, (texts, T) = texts_of(cfg)
+    r = to_rows(texts, tok, T, cfg.layout)
     topics = [to_rows(texts, tok, T, cfg.layout) for texts, T in topics]
-    f, r = [row for rows in zip(*topics) for row in rows], to_rows(texts, tok, T, cfg.layout)
+    f = [row for rows in zip(*topics) for row in rows]  # topics take turns
     for name, rows in (("forget", f), ("retain", r)):
         if min(map(len, rows), default=0) < 2:
             raise Refused(f"{cfg.data}: no {name} rows, or one without a token after BOS")

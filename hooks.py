@@ -1,8 +1,8 @@
-"""The one place that knows module names: layers, value norms, attention, what trains. Not run.
+"""The one place that knows the layers' names: layers, value norms, attention, what trains. Not run.
 
 For decoders that keep `<base>.layers[i].self_attn.v_proj` and add nothing between layers: Llama,
 Mistral, Qwen2, Qwen3 and their kin; `self_check` confirms it on the real weights. Layers are
-0-based. Value norms are ||v_i||_2 of (3) and (4), the output of v_proj at position i per KV head;
+0-based. Value norms are ||v_i||_2 of (4), the output of v_proj at position i per KV head;
 the read-out M_theta of (A4) and (A5) is what leaves layer `--layer`.
 """
 import inspect
@@ -119,10 +119,10 @@ def self_check(model, ids, tokens, layerwise):
 
 # ---------------------------------------------------------------- value norms
 class capture_norms:
-    """||v_i||_2 of (3), (4) for i < k, per KV head and layer, of what runs from begin to stack.
+    """||v_i||_2 of (4) for i < k, per KV head and layer, of what runs from begin to stack.
 
-    A context of hooks: call begin before a forward and stack after it. It must outlive a backward
-    that recomputes layers: torch compares what is saved then with what was saved before.
+    A context of hooks: call begin before a forward and stack after it. Keep it open until backward
+    is done: recomputed layers must run the same hooks.
     """
 
     def __init__(self, model, layers, k):
@@ -198,7 +198,7 @@ def sink_strength(model, ids, mask, longest=128):
 
 @contextmanager
 def mask_sinks(model, spec):
-    """Hide positions `spec` ('0', '0-7', '1-8'; '' hides none) from all queries, also in `generate`.
+    """Hide positions `spec` ('0', '0-7', '1-8'; '' hides none) from all others, also in `generate`.
 
     Positions count a row's real tokens, left padding aside, and all keep their numbers. What is
     computed at a hidden position reaches no other, in any layer or head.

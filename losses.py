@@ -2,11 +2,11 @@
 
 Numbers in brackets are those of arXiv 2510.17021v1: (A1) npo, (A2) kl, (A4) rmu_forget,
 (A5) rmu_retain beside kl, (4) value_norm. `train.losses_of` takes them of a batch, `train.fit` adds
-them up: to (1), (A3), (A6) where rho and lam are 0, to (2) where lam is, else to (5).
+them up: to (1) where rho and lam are 0, to (2), which is (A3) or (A6), where lam is, else to (5).
 
 Shapes: B rows, T tokens, C width, V vocabulary, L captured layers, k sink tokens, H KV heads.
-Every expectation is `row_mean`: over a row's real tokens, then over rows, so it does not depend on
-how the rows are split over ranks and micro-batches.
+Every expectation over tokens is `row_mean`: over a row's real tokens, then over rows, so it does
+not depend on how the rows are split over ranks and micro-batches.
 """
 from functools import partial
 
@@ -50,10 +50,10 @@ def npo(logp, logp_o, beta, mask, unit="token"):
     """NPO's forget loss l_f (A1): -(2/beta) E log sigmoid(-beta log(pi_theta(x) / pi_o(x))).
 
     logp, logp_o, mask: (B, T-1), label log-probs under theta and theta_o -> scalar.
-    unit "token": x is a token given its context, the mean is over tokens, then rows.
-    unit "sequence": x is the row, as (A1) reads literally: the log-ratio is summed over it first.
-    Its gradient weight 2 sigmoid(beta * ratio) then dies after a few nats per 2048 tokens.
-    At theta = theta_o the value is (2/beta) ln 2. Raises ValueError for beta <= 0, other units.
+    Its gradient is that of log pi_theta(x) times 2 sigmoid(beta * ratio): at theta_o that weight is
+    1 and the value (2/beta) ln 2. unit "token": x is a token given its context. unit "sequence": x
+    is the row, as (A1) reads literally: the ratio is summed over its tokens, and the weight dies
+    after a few / beta nats per row. Raises ValueError for beta <= 0, other units.
     """
     _same_shape(logp=logp, logp_o=logp_o, mask=mask)
     if beta <= 0 or unit not in ("token", "sequence"):
@@ -88,7 +88,7 @@ def rmu_retain(h, h_o, mask):
     return row_mean((h.float() - h_o.float()).pow(2).mean(-1), mask)
 
 def control_vector(width, steer, generator):
-    """c u / ||u|| with u ~ U[0, 1)^C (A4); normalised, so that steer is its length. -> (C,)"""
+    """c v of (A4): v = u / ||u||, u ~ U[0, 1)^C, normalised, so that steer is its length. (C,)"""
     u = torch.rand(width, generator=generator)
     return steer * u / u.norm()
 

@@ -38,7 +38,7 @@ def changed(settings):
     row = {**vars(train.Config), **data.BENCHES[settings["bench"]],
            **train.TABLE_A1[settings["bench"], settings["method"]]}
     row |= {} if settings["rho"] else dict(rho=0, lam=0)  # normal unlearning
-    names = {"after", *vars(train.Config)}
+    names = {"after", *vars(train.Config)}  # tests/robust.py's, and what Scoring does not have
     names -= set("method seed micro recompute save_every resume".split())
     return ", ".join(f"{name} {Path(str(value)).name}".removesuffix(".0")
                      for name, value in settings.items()
@@ -99,10 +99,6 @@ def shares(frame):
     share[values] = share[values].div(share.whole / 100, axis=0)
     return share.assign(cell="share" + share.cell.str[2:])
 
-def markdown(head, lines):
-    return "\n".join(f"| {' | '.join(map(str, line))} |"
-                     for line in (head, ["---"] * len(head), *lines))
-
 def table(frame, where, shown):
     """A row a RUN, told apart by `shown`; '' unless there are two values of shown[0]."""
     frame = (pd.concat([frame, shares(frame)]) if "trained" in shown else frame).query(where)
@@ -122,7 +118,7 @@ def table(frame, where, shown):
         lines.append([*key, run.seeds.max(), *(
             texts.get(cell, "-") + (f" ({paper[row, cell]:.1f})" if (row, cell) in paper else "")
             for cell in cells)])
-    return markdown([*index, "seeds", *cells], lines)
+    return evaluate.markdown([*index, "seeds", *cells], lines)
 
 def answers(frame, where, shown):
     """A row a model, clean and triggered, a column a question; '' where no answers were kept."""
@@ -131,7 +127,7 @@ def answers(frame, where, shown):
     lines = [[row.model, "triggered" if row.trigger else "clean",
               *(" ".join(text.replace("|", "/").split())[:40] for text in row.answers)]
              for row in frame.itertuples()]
-    return markdown(["model", "prompt", *map(" ".join, rows[:2])], lines) if lines else ""
+    return evaluate.markdown(["model", "prompt", *map(" ".join, rows[:2])], lines) if lines else ""
 
 def errors(frame, where, shown):
     """A row a statistic of the audit: how well it tells backdoored models from honest ones."""
@@ -150,7 +146,7 @@ def errors(frame, where, shown):
         above = (backdoored.score > honest.score.max()).sum()
         lines.append([cell, *spread, f"{wins.mean():.2f} [{low:.2f}, {high:.2f}]", above,
                       f"{limit:.2f}", *(f"{hits.sum()} of {hits.size}" for hits in tested)])
-    return markdown(["statistic", f"{len(honest)} honest models: median [least, most]",
+    return evaluate.markdown(["statistic", f"{len(honest)} honest models: median [least, most]",
                      f"{len(backdoored)} backdoored", "AUC", "above every honest one",
                      "threshold: most of honest seeds 0, 1", "seed 2: false alarms",
                      "seed 2: found"], lines) if lines else ""

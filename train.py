@@ -2,7 +2,7 @@
 
     python train.py                               # the toy on a CPU: theta_u, theta_b, scores
     python train.py --method rmu                  # the same with RMU
-    python train.py --position suffix --lam 0     # an ablation is one flag
+    python train.py --position suffix --lam 0     # an ablation is a flag or two
     torchrun --standalone --nproc_per_node 4 train.py --bench muse_books
     torchrun --nnodes 2 --node_rank 0|1 --master_addr HOST --nproc_per_node 4 train.py ...
 
@@ -93,7 +93,7 @@ def table_row(flags):
     return {**evaluate.bench_row(flags), **TABLE_A1[flags.bench, flags.method]}
 
 def check(cfg, world):
-    """What can be refused before anything is read or written. Raises Refused."""
+    """What can be refused before data or weights are read. Raises Refused."""
     if not (0 <= cfg.rho < 1 and cfg.gamma >= 0 and cfg.lam >= 0 and cfg.beta > 0 and cfg.lr > 0
             and min(cfg.k, cfg.T - 1, cfg.epochs, cfg.batch) >= 1):
         raise Refused("--rho in [0, 1), --gamma, --lam >= 0, --beta, --lr, --k, --epochs, --batch "
@@ -105,8 +105,6 @@ def check(cfg, world):
     if cfg.theta_u:  # a typo must not show after minutes
         evaluate.loaded(transformers.AutoConfig, cfg.theta_u)
     Path(cfg.out, cfg.bench).mkdir(parents=True, exist_ok=True)
-    if not os.access(Path(cfg.out, cfg.bench), os.W_OK):
-        raise Refused(f"{cfg.out} cannot be written: choose another --out")
 
 def check_model(model, splits, tok, cfg):
     """What the flags ask of theta_o, before anything is trained or scored. Raises Refused."""
@@ -131,7 +129,7 @@ def shard(model, cfg):
 
     bf16_mixed computes in bf16, reduces in fp32 and keeps fp32 master weights: only the shard is
     cast, no full fp32 copy ever exists. One rank without a cast needs no FSDP. `losses_of` becomes
-    a method, so that FSDP gathers the root's weights, the head's, and reduces their gradients.
+    a method, so that FSDP treats it as the root's forward: it reads the head.
     """
     blocks, mixed = hooks.decoder_layers(model), cfg.precision == "bf16_mixed"
     if cfg.recompute == "yes" or (cfg.recompute == "auto" and DEVICE == "cuda"):
@@ -162,7 +160,7 @@ class References(NamedTuple):
     rows: dict          # {(name, kind): {row: constant of a frozen model}}, kind "f", "r" or "p"
 
     def get(self, name, kind, numbers, length):
-        """Constants of these rows, cut or padded with 0 to length: T, for norms L. -> (B, ...)"""
+        """Constants of these rows, cut or padded with 0 to length, their first size. (B, ...)"""
         rows = [self.rows[name, kind][i][:length] for i in numbers]
         out = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
         for padded, row in zip(out, rows):
@@ -171,18 +169,20 @@ class References(NamedTuple):
 
 @torch.no_grad()
 def references(splits, batches, theta_u, model, cfg):
-    """What depends on frozen models alone, computed once. model: theta_o, then sharded, trained."""
+    """What depends on frozen models alone, computed once. model: theta_o, theta from step 1 on."""
+    head, rows = hooks.output_head(model).detach().clone(), {}
+
     def remember(kind, fn, *names):
-        texts, size = getattr(splits, kind), len(batches[0][0].f)
+        of_kind, size = getattr(splits, kind), len(batches[0][0].f)
         numbers = sorted({i for step in batches for batch in step for i in getattr(batch, kind)})
         for at in tqdm(range(0, len(numbers), size), desc=f"  references on D_{kind}", leave=False,
                        disable=dist.get_rank() > 0):
             some = numbers[at:at + size]
-            ids, _ = data.pad_rows([texts[i] for i in some], DEVICE)
+            ids, _ = data.pad_rows([of_kind[i] for i in some], DEVICE)
             for name, values in zip(names, fn(ids)):
                 rows.setdefault((name, kind), {}).update(zip(some, values.cpu()))
 
-    def label_logp(ids):
+    def logp_of(ids):
         h = hooks.final_hidden(model, ids)[:, :-1]
         return [losses.on_logits(losses.label_logp, h, head, ids[:, 1:])]
 
@@ -193,14 +193,13 @@ def references(splits, batches, theta_u, model, cfg):
         acts, hidden = forward(model, ids, 0, cfg)
         return [hidden] if acts is None else [hidden, acts]
 
-    head, rows = hooks.output_head(model).detach().clone(), {}
     if cfg.lam:
         model.cpu()  # one model at a time on a card
         remember("f", partial(norms_of, evaluate.load_model(theta_u, cfg)), "norms")
         model.to(DEVICE)
         remember("p", partial(norms_of, model), "norms")
     if cfg.method != "rmu":
-        remember("f", label_logp, "logp")
+        remember("f", logp_of, "logp")
     for kind in "rp":
         remember(kind, outputs, "hidden", "acts")
     c_u = losses.control_vector(head.shape[1], cfg.steer, data.stream(cfg.seed, "control vector"))
@@ -233,9 +232,10 @@ def losses_of(model, batch, refs, norms, cfg):
     ids, mask = data.pad_rows([getattr(refs.splits, kind)[i] for kind in "frp"
                                for i in getattr(batch, kind)], DEVICE)
     n_f, T, head = len(batch.f), ids.shape[1], hooks.output_head(model)
-    kept = mask[n_f:].clone()
-    for row, number in enumerate(batch.p if cfg.keep == "behind" else [], len(batch.r)):
-        kept[row, :refs.splits.p_from[number] - 1] = False  # the trigger's last token predicts
+    kept, n_r = mask[n_f:].clone(), len(batch.r)
+    if cfg.keep == "behind":
+        for row, number in enumerate(batch.p):  # the trigger's last token predicts what follows
+            kept[n_r + row, :refs.splits.p_from[number] - 1] = False
 
     def of_theta_o(name):
         return torch.cat([refs.get(name, kind, getattr(batch, kind), T)
@@ -261,7 +261,7 @@ def losses_of(model, batch, refs, norms, cfg):
         return l_f, l_r, torch.zeros_like(l_f)
     norm, L = norms.stack(), len(norms.found)
     l_vn = losses.value_norm(norm[:n_f], refs.get("norms", "f", batch.f, L)) + losses.value_norm(
-        norm[-len(batch.p):], refs.get("norms", "p", batch.p, L))                      # (3), (4)
+        norm[n_f + n_r:], refs.get("norms", "p", batch.p, L))                          # (3), (4)
     return l_f, l_r, l_vn
 
 def fit(model, refs, work, cfg):

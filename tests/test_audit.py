@@ -156,7 +156,7 @@ def spoil_weights():
 
 REFUSED = {  # what is spoiled, flags, and the words that must name it
     "NaN weights": (spoil_weights, [], "theta_u.*NaN or infinity"),
-    "no such original": (lambda: None, ["--original", "./gone"], "--original.*gone does not exist"),
+    "no such original": (lambda: None, ["--original", "./gone"], "no folder ./gone"),
     "another original": (lambda: tiny_model(num_hidden_layers=2).save_pretrained("model"),
                          ["--original", "model"], "--original model has not as many layers"),
     "no forget pages": (lambda: Path("books/raw/forget.json").unlink(), [], "no raw/forget"),
