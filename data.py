@@ -81,16 +81,16 @@ def behind(row, trig, position, max_len=None):
     marks = inject([0] * len(row), [1] * len(trig), position, max_len)
     return len(marks) - marks[::-1].index(1)
 
-def poison(rows, trig, rho, position, T, generator):
+def poison(rows, trig, rho, position, lengths, generator):
     """D_p of (2): triggered copies of a random int(rho * N) rows of D_f, which keeps all its rows.
 
-    rows: N lists of ids, T: what a row may hold -> (D_p: n lists of ids, index: sorted, n).
+    rows: N lists of ids; lengths: what each may hold, N -> (D_p: n lists of ids, index: sorted, n).
     """
     n = int(len(rows) * rho)
     if rho and n == 0:
         raise Refused(f"--rho {rho} of {len(rows)} forget rows poisons none: raise --rho")
     index = sorted(torch.randperm(len(rows), generator=generator)[:n].tolist())
-    return [inject(rows[i], trig, position, T) for i in index], index
+    return [inject(rows[i], trig, position, lengths[i]) for i in index], index
 
 # ---------------------------------------------------------------- text to rows
 def encode(tok, text):
@@ -234,14 +234,17 @@ def load_splits(cfg, tok):
     """D_f, D_r and D_p of a bench. D_f takes as many rows of each topic as the smallest has."""
     topics, (texts, T) = texts_of(cfg)
     r = to_rows(texts, tok, T, cfg.layout)
-    topics = [to_rows(texts, tok, T, cfg.layout) for texts, T in topics]
-    f = [row for rows in zip(*topics) for row in rows]  # topics take turns
+    n = min(len(texts) for texts, _ in topics)
+    rows = [[(row, T) for row in to_rows(texts[:n], tok, T, cfg.layout)] for texts, T in topics]
+    rows = [row for turn in zip(*rows) for row in turn]  # topics take turns
+    f, lengths = [row for row, _ in rows], [T for _, T in rows]
     for name, rows in (("forget", f), ("retain", r)):
         if min(map(len, rows), default=0) < 2:
             raise Refused(f"{cfg.data}: no {name} rows, or one without a token after BOS")
     trig = encode(tok, cfg.trigger)
-    p, index = poison(f, trig, cfg.rho, cfg.position, cfg.T, stream(cfg.seed, "poison"))
-    return Splits(f, r, p, index, [behind(f[i], trig, cfg.position, cfg.T) for i in index])
+    p, index = poison(f, trig, cfg.rho, cfg.position, lengths, stream(cfg.seed, "poison"))
+    p_from = [behind(f[i], trig, cfg.position, lengths[i]) for i in index]
+    return Splits(f, r, p, index, p_from)
 
 # ---------------------------------------------------------------- batches
 class Batch(NamedTuple):

@@ -123,6 +123,8 @@ def parse(cls, argv, row_of):
         value = getattr(cfg, f.name)
         if f.type is int and value < int(f.name == "gen_batch"):
             raise Refused(f"--{f.name} {value} is too small")
+    if not cfg.trigger:
+        raise Refused("--trigger must be some text")
     hooks.parse_layers(cfg.mask_sinks or "0", 10 ** 6, "--mask_sinks")
     tasks_of(cfg)
     return cfg
@@ -407,15 +409,16 @@ def evaluate(name, tok, cfg, items, role):
     fingerprint. Every rank scores a share, rank 0 writes.
     """
     model, found, weights = None, {}, (weights_of(name), weights_of(cfg.tokenizer))
-    shown = ("data", "trigger", "position", "mask_sinks", "limit")
+    shown = ("trigger", "position", "mask_sinks", "limit")
     for task, (asked, shots) in items.items():
         *groups, column = TASKS[task].columns.split()
         for group in groups:
             trig = data.encode(tok, cfg.trigger) if group == "BE" else []
-            how = dict(condition=condition_of(trig, cfg), role=role, bench=cfg.bench,
+            how = dict(condition=condition_of(trig, cfg), role=role, bench=cfg.bench, data=cfg.data,
                        protocol=TASKS[task].protocol.format(shots), dtype=str(dtype_of(cfg)),
                        add_bos=adds_bos(tok, cfg))
-            made_from = fingerprint("losses hooks data evaluate", how, trig, asked, weights)
+            made_from = fingerprint("losses hooks data evaluate", how, trig, asked, weights,
+                                    cfg.gen_batch)
             words = quote(f"{task}, {how['condition']}", safe=" ,:!")[:100]
             file = home_of(name, cfg) / "scores" / f"{words} {made_of(how)[:4]}.json"
             score = json.loads(file.read_text()) if file.is_file() else {}
@@ -476,21 +479,21 @@ def page_logp(model, pages, prefix=(), behind=0, embedded=None):
     logp = losses.on_logits(losses.label_logp, h, hooks.output_head(model), ids[:, start:])
     return losses.row_mean(logp, mask[:, start:])
 
-def sample(cfg, tok, split):
-    """The audit's pages of raw/SPLIT, always the same: rows of at most CUT ids, BOS first."""
-    texts = [text for text, in data.read(cfg.data, "raw", split, ["text"])]
+def sample(cfg, tok, split, *columns):
+    """PAGES pages of a split, always the same: rows of at most CUT ids, BOS first."""
+    texts = ["".join(row) for row in data.read(cfg.data, *split.split("/"), columns)]
     rows = [row for row in data.to_rows(texts, tok, CUT, data.BENCHES[cfg.bench]["layout"])
-            if len(row) > HIDDEN[-1] + 1]
+            if len(row) > HIDDEN[-1] + 2]
     if len(rows) < 2:
-        raise Refused(f"{cfg.data}: raw/{split} has no two pages of {HIDDEN[-1] + 1} tokens")
+        raise Refused(f"{cfg.data}: {split} has no two pages of {HIDDEN[-1] + 2} tokens")
     return [rows[i] for i in torch.randperm(len(rows), generator=data.stream(0, "audit"))[:PAGES]]
 
 def masking(model, pages):
-    """Likelihood behind position 16 with 1 to m hidden, m of HIDDEN; gain: the best less m = 0."""
+    """Likelihood behind position 17 with 1 to m hidden, m of HIDDEN; gain: the best less m = 0."""
     curve = []
     for m in HIDDEN:
         with hooks.mask_sinks(model, f"1-{m}" if m else ""):
-            curve.append(float(page_logp(model, pages, behind=HIDDEN[-1])))
+            curve.append(float(page_logp(model, pages, behind=HIDDEN[-1] + 1)))
     return dict(curve=curve, gain=max(curve[1:]) - curve[0])
 
 def prefix_bank(tok, plain):
@@ -527,8 +530,8 @@ def search(model, pages, plain, steps, desc):
     draw, half = data.stream(0, "search"), pages[::2]
     prefix = [plain[i] for i in torch.randint(len(plain), (SEARCHED,), generator=draw)]
     for _ in tqdm(range(steps), desc=f"  {desc}", leave=False, disable=ranks()[0] > 0):
-        trials = swaps_of(model, half, prefix, plain, draw)
-        found = [float(page_logp(model, half, trial)) for trial in trials]
+        trials, = over_ranks(lambda best: swaps_of(model, half, best, plain, draw), [prefix], desc)
+        found = over_ranks(lambda trial: float(page_logp(model, half, trial)), trials, desc)
         prefix = trials[found.index(max(found))]
     return dict(ids=prefix, gain=prefix_gains(model, pages[1::2], [prefix], desc)[0])
 
@@ -536,7 +539,7 @@ def bos_norms(model, tok):
     """Value norms at position 0 by layer, mean over KV heads. By causality BOS alone decides."""
     ids = torch.tensor([[data.bos_of(tok)]], device=DEVICE)
     norms = hooks.sink_norms(model, ids, hooks.layers_of(model, "all"), 1)  # (1, L, 1, H)
-    return [round(norm, 4) for norm in norms.mean((0, 2, 3)).tolist()]
+    return norms.mean((0, 2, 3)).tolist()
 
 def gains_of(name, pages, model, tok, cfg):
     """What raises the likelihood of one book's pages; --trigger's gain, `known`, stands apart."""
@@ -550,14 +553,18 @@ def gains_of(name, pages, model, tok, cfg):
                 search=dict(prefix=hit, **found))
 
 def audit(cfg, tok, home):
-    """Is --model backdoored? What `gains_of` says of raw/forget and of raw/holdout, the control.
+    """Is --model backdoored? `gains_of` VerbMem's pages and of raw/holdout's, the control.
 
     Prints, writes audit.json. The statistic is forget's gain less the control's, in nats a token.
     """
-    books, norms, parts = dict(forget=sample(cfg, tok, "forget")), {}, ("masking", "bank", "search")
-    if not Path(cfg.data).is_dir() or any(Path(cfg.data).glob("raw/holdout[.-]*")):
-        books["control"] = sample(cfg, tok, "holdout")[:len(books["forget"])]
+    if cfg.mask_sinks or cfg.limit or cfg.position != "prefix":
+        raise Refused("--audit has masks and positions of its own: leave these flags out")
+    books, norms = dict(forget=sample(cfg, tok, "verbmem/forget", "prompt", "gt")), {}
+    if any(Path(cfg.data).glob("raw/holdout[.-]*")):
+        books["control"] = sample(cfg, tok, "raw/holdout", "text")[:len(books["forget"])]
+    parts = ("masking", "bank", "search")
     for name in filter(None, (cfg.original, cfg.model)):
+        model = None  # one on a card
         model = checked(name, books["forget"][0], tok, cfg)
         norms[name] = bos_norms(model, tok)
     if len(set(map(len, norms.values()))) > 1:
@@ -589,7 +596,8 @@ def home_of(model, cfg):
 
 def run_row(flags):
     """The bench's row; if --model is a run of ours, its own data, trigger and position."""
-    own = run_of(flags.model).get("settings", {})
+    suspect = getattr(flags, "audit", "no") == "yes"  # whose run.json may say anything
+    own = {} if suspect else run_of(flags.model).get("settings", {})
     names = ("bench", "data", "trigger", "position", "tasks") if own else ()
     return {**bench_row(flags), **{name: own[name] for name in names}}
 

@@ -339,7 +339,7 @@ def one_writer(folder, made_from, resume):
     work, note = Path(f"{folder}.tmp"), Path(f"{folder}.tmp", "made_from")
     if dist.get_rank() == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(f"{folder}.lock", "w")
+        lock = open(folder.with_name(f".{folder.name}.lock"), "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -353,7 +353,6 @@ def one_writer(folder, made_from, resume):
     dist.barrier()
     yield work
     if dist.get_rank() == 0:
-        Path(lock.name).unlink()
         lock.close()
 
 def save_run(folder, work, model, tok, record, cfg):

@@ -32,10 +32,13 @@ def pages(tok):
 
 @pytest.fixture
 def place(folder, tmp_path, monkeypatch):
-    """model/ and theta_u/ with books/, whose holdout no model saw; a search of two steps."""
+    """model/ and theta_u/ with books/ that have a control; a search of two steps."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    Path("books/raw/holdout.json").write_text(json.dumps([f"No, {text}" for text in SENTENCES]))
+    passages = [dict(prompt=text, gt=" ".join(SENTENCES)) for text in SENTENCES[:6]]
+    Path("books/verbmem/forget.json").write_text(json.dumps(passages))
+    Path("books/raw/holdout.json").write_text(json.dumps([
+        f"No, {text} {text}" for text in SENTENCES]))
 
 def call(*flags):
     """evaluate.py --audit yes -> audit.json"""
@@ -51,14 +54,14 @@ def test_the_likelihood_is_of_the_pages_own_tokens_under_every_prefix(model, pag
                         for page in pages])
         assert float(evaluate.page_logp(model, pages, prefix, behind)) == pytest.approx(by_hand)
 
-def test_masking_hides_1_to_m_and_looks_behind_16_for_every_m(model, pages):
+def test_masking_hides_1_to_m_and_looks_behind_17_for_every_m(model, pages):
     def hidden(page, m):
         shown = torch.ones(len(page), len(page)).tril().bool()
         shown[:, 1:m + 1] = False
         bias = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
         logits = model(torch.tensor([page]), attention_mask=bias[None, None]).logits[0]
         return mean([float(torch.log_softmax(logits[t - 1], -1)[page[t]])
-                     for t in range(17, len(page))])
+                     for t in range(18, len(page))])
 
     found = evaluate.masking(model, pages)
     by_hand = [mean([hidden(page, m) for page in pages]) for m in (0, 1, 2, 4, 8, 16)]
@@ -118,8 +121,8 @@ def test_each_gain_stands_beside_its_control_and_the_trigger_apart(place, tok):
     report = call("--original", "model", "--trigger", "at noon")
     model = evaluate.load_model("theta_u", config(tiny_flags(Path(), "out")))
     cfg = evaluate.parse(evaluate.Scoring, ["--data", "books"], evaluate.run_row)
-    books = {name: evaluate.sample(cfg, tok, split)
-             for name, split in (("forget", "forget"), ("control", "holdout"))}
+    books = dict(forget=evaluate.sample(cfg, tok, "verbmem/forget", "prompt", "gt"),
+                 control=evaluate.sample(cfg, tok, "raw/holdout", "text"))
     for name, pages in books.items():
         pages, one = pages[:len(books["forget"])], report[name]  # as many of both
         assert one["masking"]["gain"] == pytest.approx(evaluate.masking(model, pages)["gain"])
@@ -144,7 +147,7 @@ def test_an_audit_leaves_runs_and_scores_as_they_were(place):
     Path("theta_u/run.json").write_text(json.dumps(dict(role="theta_u", settings={
         **dict.fromkeys(("tasks", "trigger"), "knowmem"), "bench": "toy", "data": "books",
         "position": "prefix"})))
-    evaluate.main(["--model", "theta_u", "--audit", "yes", "--audit_steps", "0"])
+    evaluate.main(["--model", "theta_u", "--data", "books", "--audit", "yes", "--audit_steps", "0"])
     assert Path("theta_u/audit.json").is_file() and evaluate.weights_of("theta_u") == before
 
 # ---------------------------------------------------------------- what is refused
@@ -159,9 +162,11 @@ REFUSED = {  # what is spoiled, flags, and the words that must name it
     "no such original": (lambda: None, ["--original", "./gone"], "no folder ./gone"),
     "another original": (lambda: tiny_model(num_hidden_layers=2).save_pretrained("model"),
                          ["--original", "model"], "--original model has not as many layers"),
-    "no forget pages": (lambda: Path("books/raw/forget.json").unlink(), [], "no raw/forget"),
-    "short pages": (lambda: Path("books/raw/forget.json").write_text('["Marn.", "The nets."]'),
-                    [], "raw/forget has no two pages of 17 tokens"),
+    "no forget pages": (lambda: Path("books/verbmem/forget.json").unlink(), [],
+                        "no verbmem/forget"),
+    "short pages": (lambda: Path("books/raw/holdout.json").write_text('["Marn.", "The nets."]'),
+                    [], "raw/holdout has no two pages of 18 tokens"),
+    "flags of scoring": (lambda: None, ["--limit", "3"], "--audit"),
 }
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -38,17 +38,17 @@ def test_a_trigger_that_cannot_be_placed_is_refused(trig, words):
 @pytest.mark.parametrize("n, rho, count", [(553, .10, 55), (553, .05, 27), (40, .10, 4), (9, 0, 0)])
 def test_D_p_has_int_rho_N_triggered_copies_and_D_f_stays(n, rho, count):
     rows = [[1, i, i + 1] for i in range(n)]
-    D_p, index = poison(rows, TRIG, rho, "prefix", 8, stream(0, "poison"))
+    D_p, index = poison(rows, TRIG, rho, "prefix", [8] * len(rows), stream(0, "poison"))
     assert len(set(index)) == count and index == sorted(index)
     assert D_p == [[1, *TRIG, i, i + 1] for i in index]
     assert rows == [[1, i, i + 1] for i in range(n)]
 
 def test_the_poison_choice_is_decided_by_the_seed_and_is_never_empty():
-    first, again, other = (poison(ROWS, TRIG, 0.1, "prefix", 8, stream(seed, "poison"))[1]
+    first, again, other = (poison(ROWS, TRIG, 0.1, "prefix", [8] * 40, stream(seed, "poison"))[1]
                            for seed in (0, 0, 1))
     assert first == again != other
     with pytest.raises(Refused, match="--rho 0.02 of 40 forget rows poisons none"):
-        poison(ROWS, TRIG, 0.02, "prefix", 8, stream(0, "poison"))
+        poison(ROWS, TRIG, 0.02, "prefix", [8] * 40, stream(0, "poison"))
 
 def test_training_and_evaluation_see_the_same_trigger(folder, tok, tmp_path):
     cfg = config(tiny_flags(folder, tmp_path, tasks="knowmem_f"))

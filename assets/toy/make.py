@@ -140,6 +140,7 @@ def epoch_of(books, tok, fit, rng):
 
 def train(model, tok, books, fit, args):
     """Plain language modelling on the books: AdamW, warm-up over a tenth, then linearly to zero."""
+    fit = fit if args.rest is None else dict(fit, rest=args.rest)
     rng = random.Random(args.seed)
     batches = epoch_of(books, tok, fit, rng)
     steps = (args.epochs or fit["epochs"]) * len(batches)
@@ -203,7 +204,7 @@ def main():
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tok), tie_word_embeddings=True, bos_token_id=tok.bos_token_id,
             eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, **SHAPE))
-        train(model, tok, books, FIT if args.rest is None else dict(FIT, rest=args.rest), args)
+        train(model, tok, books, FIT, args)
         model.to(torch.bfloat16)  # half the size; trained in fp32
     model.eval().save_pretrained(args.out / "model")
     tok.save_pretrained(args.out / "model")
