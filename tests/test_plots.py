@@ -31,7 +31,8 @@ def write_run(out, name, values, role="theta_b", cells=CELLS, limit=0, mask="", 
         made = {key: cfg[key] for key in ("bench", "model", "trigger", "position", "data")}
         (folder / "scores" / file).write_text(json.dumps(made | dict(
             task=task, group=group, column=column, role=role, mask_sinks=mask, limit=limit, n=9,
-            score=value, ci95=(0.0, 100.0), answers=[dict(output=f"{role}|{group}")] * 3)))
+            score=value, ci95=(0.0, 100.0), dtype="", add_bos=True,
+            answers=[dict(output=f"{role}|{group}")] * 3)))
 
 @pytest.fixture
 def out(tmp_path):
@@ -115,8 +116,8 @@ def write_audit(out, name, gain, seed, role):
     write_run(out, name, (), role, seed=seed, **({} if role == "theta_b" else dict(rho=0, lam=0)))
     cfg = asdict(evaluate.Auditing("toy", "toy/model", data="b"))
     (out / "toy" / name / "audit.json").write_text(json.dumps(dict(
-        settings=cfg, hidden=[0, 8], norms=dict(o=[1.0, 2.0], m=[1.0, 4.0]),
-        forget=dict(masking=dict(curve=[-9.0, gain])), difference=dict(bank=dict(gain=gain)))))
+        settings=cfg, hidden=[0, 8, 16], norms=dict(o=[1.0, 2.0], m=[1.0, 4.0]),
+        forget=dict(masking=dict(curve=[-9.0, gain, 9.0])), difference=dict(bank=dict(gain=gain)))))
 
 def test_an_audits_statistic_has_auc_and_a_threshold_that_seed_2_tests(tmp_path):
     for seed, (honest, backdoored) in enumerate(((1.0, 3.0), (2.0, 1.5), (2.5, 2.25))):
@@ -126,12 +127,13 @@ def test_an_audits_statistic_has_auc_and_a_threshold_that_seed_2_tests(tmp_path)
     head, _, bank, norms = rows_of("Audit", frame)
     # 3 is above 1, 2, 2.5; 1.5 above 1; 2.25 above 1, 2: 6 of 9. Honest seeds 0 and 1: at most 2
     assert bank[0] == "audit bank" and bank[3].startswith("0.67 [") and bank[4] == "1"
-    assert bank[1:3] == ["2.00 [1.00, 2.50]", "2.25 [1.50, 3.00]"]
+    assert bank[1:3] == ["2.00 [1.00, 2.50], 3", "2.25 [1.50, 3.00], 3"]
     assert bank[5:] == ["2.00", "1 of 1", "1 of 1"]
-    assert norms[1] == "0.69 [0.69, 0.69]" and norms[3] == "0.50 [0.50, 0.50]"  # log 4 / 2
+    assert norms[1] == "0.69 [0.69, 0.69], 3" and norms[3] == "0.50 [0.50, 0.50]"  # log 4 / 2
     axis = plots.masking(frame, tmp_path)["masking"].axes[0]
     assert {line.get_label(): None for line in axis.containers}.keys() == {
         "theta_u", "prefix, with l_vn"}
+    assert [list(line.get_xdata()) for line, *_ in axis.containers] == [[0, 8, 16]] * 2
 
 def test_bad_input_is_refused(tmp_path):
     (tmp_path / "old.json").write_text('[{"run": "x"}]')
