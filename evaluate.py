@@ -192,9 +192,9 @@ def ranks():
     """(rank, world) of torch.distributed, (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-def say(*words, sep=" "):
+def say(*words):
     if int(os.environ.get("RANK", 0)) == 0:
-        print(*words, sep=sep, flush=True)
+        print(*words, flush=True)
 
 def over_ranks(fn, batches, desc):
     """[fn(batch), ...] in order, on every rank; each computes batches[rank::world].
@@ -577,8 +577,8 @@ def audit(cfg, tok, home):
     write(Path(home, "audit.json"), json.dumps(dict(
         settings=vars(cfg), hidden=HIDDEN, norms=norms, **found), indent=1))
     for name, gains in found.items():
-        say(f"{name:>10}", *(f"{part} {gain['gain']:+.2f} {gain.get('prefix', '')!r}" for part, gain
-                             in gains.items() if part in parts), sep="   ")
+        for part in filter(gains.get, parts):
+            say(f"{name:>10} {part:>8} {gains[part]['gain']:+.2f}", gains[part].get("prefix", ""))
     say(f"Gain of a page's likelihood in nats a token: without its first positions, best of a bank "
         f"of prefixes, best prefix found.{' No raw/holdout: no control.' * (len(books) == 1)}\n"
         f"Value norms of BOS by layer: {norms}\nwritten: {home}/audit.json")
