@@ -177,11 +177,12 @@ def flops(args, cfg):
     weights = 2 * width ** 2 * (1 + kv_heads / heads) + 3 * width * mlp
     layer, head, down = 2 * weights + 2 * cfg.T * width, 2 * width * vocab, 2 * width * mlp
     full, vn = args.depth * layer + head, cfg.lam > 0
-    if cfg.method == "npo":  # ours: the head again in backward, theta_o's logits twice
-        return 9 * full + 7 * head, 12 * full + vn * (full - head)
+    again = 2 * cfg.batch * cfg.T > losses.CHUNK  # backward computes the head's logits once more
+    if cfg.method == "npo":  # ours: theta_o's logits of D_r and D_p
+        return 9 * full + (7 if again else 2) * head, 12 * full + vn * (full - head)
     first, upper = int(cfg.trainable.split("-")[0]), (args.depth - cfg.layer - 1) * layer
     inner = 3 * ((cfg.layer - first) * layer + (cfg.layer - first + 1) * down)  # backward
-    return (3 * (cfg.layer + 1) * layer + 4 * upper + 10 * head + inner +
+    return (3 * (cfg.layer + 1) * layer + 4 * upper + (10 if again else 6) * head + inner +
             vn * 2 * upper * cfg.k / cfg.T,
             5 * full + 2 * (head + upper) + inner + vn * (upper + full - head))
 
