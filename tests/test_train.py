@@ -247,6 +247,6 @@ def test_a_checkpoints_list_of_EOS_survives(folder, tok, one, tmp_path):
 def test_normal_unlearning_alone_leaves_the_theta_u_of_an_attack(finished, folder, tmp_path):
     attack = finished[0]["theta_u"]
     train.main(tiny_flags(folder, tmp_path, rho=0, lam=0, trigger="x", position="suffix", k=2))
-    [alone] = tmp_path.glob("toy/*theta_u*")
+    [alone] = tmp_path.glob("toy/npo-theta_u*")
     assert alone.name == attack.name
     assert (alone / "model.safetensors").read_bytes() == (attack / "model.safetensors").read_bytes()
