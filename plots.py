@@ -255,7 +255,7 @@ def picture(panels, xlabel, ylabel, scale=""):
             low, colors = (-top, "PuOr_r") if "minus" in scale else (0, "cividis")
             image = axis.imshow(panel, aspect="auto", vmin=low, vmax=top, cmap=colors)
         for i, (label, curve) in enumerate(() if scale else panel.items()):
-            x = np.arange(len(curve)) + 0.15 * i * bool(look(label))
+            x = np.arange(len(curve)) + 0.8 * (i / len(panel) - 0.5) * bool(look(label))
             axis.plot(x, curve, label=label, **dict(lw=2 if i else 4) | look(label))
     if scale:
         fig.colorbar(image, ax=axes, label=scale, fraction=0.03, pad=0.01)
