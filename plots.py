@@ -174,8 +174,8 @@ TABLES = [  # what it shows and the runs it needs; how it is made, of which scor
      table, "changed in ['', 'lam 0'] and trained in ['', @PREFIX]", ["mask_sinks", "changed"]),
     ("Audit: what most raises the likelihood of forget pages, less the same on raw/holdout, nats a "
      "token, of single models; norms: the largest log ratio of value norms of BOS to theta_o's. "
-     "Needs `for run in out/toy/*seed*; do python evaluate.py --model $run --audit yes --original "
-     "assets/toy/model; done`.", errors, NO_CURVE, []),
+     "Needs `for run in out/toy/*-seed*-??????; do python evaluate.py --model $run --audit yes "
+     "--original assets/toy/model; done`.", errors, NO_CURVE, []),
     ("Audit: the same statistics by kind of model, mean over seeds.", table, NO_CURVE,
      ["trained", "changed"])]
 
@@ -189,8 +189,8 @@ def fig2(frame, out):
     """Figs. 2, A2 (other triggers), A1 (rho): UE and UT against BE. Filled: lam 0; open: with l_vn;
     shaded: desired, BE nearer to theta_o, UE nearer to theta_u, UT above 90% of theta_o's. Needs
     `for p in prefix infix suffix; do python train.py --position $p --lam 0; done`, for A2 this with
-    `--trigger '!!!!!'`, `step-by-step`, for A1 `for l in 0 3e-4; do python train.py --rho 0.05
-    --lam $l; done`."""
+    `--trigger '!!!!!'`, `step-by-step`, and `evaluate.py --model THETA_U` under each, for A1 `for l
+    in 0 3e-4; do python train.py --rho 0.05 --lam $l; done`."""
     drawn, rho = {}, ["prefix, rho 0.05", "prefix, rho 0.05, lam 0"]
     frame = frame[frame.cell.str.contains("KM|VM")]
     for name, trigger, more in (("fig2", TRIGGER, []), ("figA2-symbol", "!!!!!", []),
@@ -297,7 +297,7 @@ def fig3(frame, out):
             "sinks": picture(sinks, "head", "layer", "attention to position 0")}
 
 def masking(frame, out):
-    """Audit: likelihood of clean forget pages behind position 16 while 1 to m are hidden."""
+    """Audit: likelihood of clean forget pages behind position 17 while 1 to m are hidden."""
     stats = seeds(frame[frame.cell.str.contains("hidden") & frame.trained.isin(KNOWN)])
     if stats.empty:
         return {}
