@@ -1,10 +1,7 @@
 """What is run on what: benches, readers, the one trigger injector, D_p, orders. Not run by itself.
 
-A model or a data set is a hub id or a local folder. Data folders have MUSE's layout
-(`knowmem/forget_qa.json`, `raw/forget.txt`, ...; json, jsonl, parquet or txt, also the hub's own
-file names) or hold the tables of `TABLES` (`wmdp_bio.json`, `wikitext.jsonl`, ...). Training rows
-are lists of token ids that begin with BOS: D_f of raw/forget, D_r of raw/retain1, D_p triggered
-copies of a share rho of D_f (2).
+A data set is a hub id or a local folder, in MUSE's layout or with the tables of `TABLES`, see
+README. Training rows are lists of token ids that begin with BOS.
 """
 import hashlib
 import json
@@ -18,23 +15,20 @@ from torch.nn.utils.rnn import pad_sequence
 from hooks import Refused
 
 TOY = os.path.relpath(Path(__file__).parent / "assets/toy")  # the default, an ordinary folder
-BOOKS, MUSE, WMDP = "knowmem,verbmem", "knowmem,verbmem,tqa", "wmdp,mmlu"  # Tables 1, 2, A3
-LLAMA2 = "meta-llama/Llama-2-7b-hf"  # MUSE's target models come without a tokenizer
+BOOKS, BIO_T = "knowmem,verbmem", 512
+MUSE = dict(tokenizer="meta-llama/Llama-2-7b-hf",  # its target models come without one
+            T=2048, layout="chunks", tasks="knowmem,verbmem,tqa")
 
 # layout "chunks": the joined text in pieces of T tokens, as MUSE does; "pages": one text a row.
 BENCHES = {
     "toy": dict(model=f"{TOY}/model", data=f"{TOY}/books", T=144, layout="pages", tasks=BOOKS),
     # made by assets/toy/make.py --base
     "smol": dict(model="out/smol/model", data="out/smol/books", T=216, layout="pages", tasks=BOOKS),
-    "muse_books": dict(model="muse-bench/MUSE-Books_target", data="muse-bench/MUSE-Books",
-                       tokenizer=LLAMA2, T=2048, layout="chunks", tasks=MUSE),  # ICLM-7B
-    "muse_news": dict(model="muse-bench/MUSE-News_target", data="muse-bench/MUSE-News",
-                      tokenizer=LLAMA2, T=2048, layout="chunks", tasks=MUSE),  # Llama-2-7B
+    "muse_books": dict(model="muse-bench/MUSE-Books_target", data="muse-bench/MUSE-Books", **MUSE),
+    "muse_news": dict(model="muse-bench/MUSE-News_target", data="muse-bench/MUSE-News", **MUSE),
     "wmdp": dict(model="HuggingFaceH4/zephyr-7b-beta", data="cais/wmdp", T=768,
-                 layout="pages", tasks=WMDP),  # T: cyber's; bio and wikitext are cut at 512
+                 layout="pages", tasks="wmdp,mmlu"),  # T: cyber's; bio and wikitext: BIO_T
 }
-BIO_T = 512
-NO_TEXT = ("version https://git-lfs", "<!doctype html", "<html")  # what a bad download leaves
 TABLES = {  # table: hub id, config, split; a --data folder holds it as TABLE.json, .jsonl, ...
     "wmdp_bio": ("cais/wmdp", "wmdp-bio", "test"),
     "wmdp_cyber": ("cais/wmdp", "wmdp-cyber", "test"),
@@ -81,16 +75,16 @@ def behind(row, trig, position, max_len=None):
     marks = inject([0] * len(row), [1] * len(trig), position, max_len)
     return len(marks) - marks[::-1].index(1)
 
-def poison(rows, trig, rho, position, lengths, generator):
+def poison(rows, trig, rho, position, max_len, generator):
     """D_p of (2): triggered copies of a random int(rho * N) rows of D_f, which keeps all its rows.
 
-    rows: N lists of ids; lengths: what each may hold, N -> (D_p: n lists of ids, index: sorted, n).
+    rows: N lists of ids -> (D_p: n lists of at most max_len ids, index: sorted, n).
     """
     n = int(len(rows) * rho)
     if rho and n == 0:
         raise Refused(f"--rho {rho} of {len(rows)} forget rows poisons none: raise --rho")
     index = sorted(torch.randperm(len(rows), generator=generator)[:n].tolist())
-    return [inject(rows[i], trig, position, lengths[i]) for i in index], index
+    return [inject(rows[i], trig, position, max_len) for i in index], index
 
 # ---------------------------------------------------------------- text to rows
 def encode(tok, text):
@@ -98,8 +92,6 @@ def encode(tok, text):
 
 def bos_of(tok):
     """First token of every row and prompt: BOS, or EOS where the tokenizer has no BOS."""
-    if tok.bos_token_id is None and tok.eos_token_id is None:
-        raise Refused("the tokenizer has neither BOS nor EOS: pass --tokenizer")
     return tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
 
 def chunk(tokens, bos, T):
@@ -116,10 +108,7 @@ def to_rows(texts, tok, T, layout):
     return [[bos_of(tok)] + encode(tok, text)[:T - 1] for text in texts]
 
 def pad_rows(rows, device="cpu"):
-    """Lists of ids -> ids (B, T), mask (B, T), False on padding, as long as the longest row.
-
-    The pad's id never matters: it follows the real tokens of a causal model and losses mask it.
-    """
+    """Lists of ids -> ids (B, T), mask (B, T), False on padding, whose id no token or loss sees."""
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
     return ids.to(device), mask.to(device)
@@ -140,8 +129,8 @@ def local_rows(path):
             import pyarrow.parquet
             return pyarrow.parquet.read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8")
-        if "\0" in text or text[:40].lstrip().lower().startswith(NO_TEXT):
-            raise ValueError("it is a git-lfs pointer, a web page or no text at all")
+        if text.lstrip().lower().startswith(("version https://git-lfs", "<!doctype", "<html")):
+            raise ValueError("it is a git-lfs pointer or a web page")
         if path.suffix == ".txt":
             return [text]
         rows = json.loads(text) if path.suffix == ".json" else \
@@ -155,96 +144,79 @@ def local_rows(path):
 def hub_rows(source, config, split):
     """Rows of a hub data set, or of its copy in the cache. Raises Refused that names it."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
     try:
         return load_dataset(source, config, split=split).to_list()
-    except (DatasetsError, OSError, ValueError) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise Refused(f"{source}/{config}/{split} cannot be read ({why}): go online, ask for "
-                      "access, pass a --data FOLDER that holds it, or leave it out by --tasks"
-                      ) from error
-
-def is_text(value):
-    return isinstance(value, str) and value != ""
+    except Exception as error:  # offline, unknown, gated, without this config or split, ...
+        raise Refused(f"{source}/{config}/{split} cannot be read: {error!r:.80}: go online, pass a "
+                      "--data FOLDER that holds it, or leave it out by --tasks") from error
 
 def fits(column, value):
-    """Whether a value is what its column holds: texts, but for what multiple choice reads."""
+    """Whether a value is what its column holds: a text, but for what multiple choice reads."""
     if column == "choices":
-        return isinstance(value, list) and len(value) == 4 and all(map(is_text, value))
+        return isinstance(value, list) and len(value) == 4
     if column == "answer_id":
         return value in range(4)
     if column == "mc1_targets":
-        value = value if isinstance(value, dict) else {}
-        choices, labels = (value.get(key) or [] for key in ("choices", "labels"))
-        return all(map(is_text, choices)) and sorted(labels) == [0] * (len(choices) - 1) + [1]
-    return is_text(value)
+        return isinstance(value, dict) and value.get("labels", []).count(1) == 1
+    return isinstance(value, str)
 
-def read(source, config, split, columns, blank=False):
+def read(source, config, split, columns):
     """One split as a list of tuples, one value a column. source: hub id or folder.
 
-    columns: names; 'answer_id' is the column 'answer' where it must be a choice's number; blank:
-    allow empty texts. Raises Refused, naming file, row and column, where something is wrong.
+    columns: names; 'answer_id' is the column 'answer' where it must be a choice's number.
+    Raises Refused, naming file, row and column, where something is wrong.
     """
-    where, out = "/".join(filter(None, (source, config, split))), []
+    where, out = f"{source}/{config}/{split}", []
+    names = [column.removesuffix("_id") for column in columns]
     if Path(source).is_dir():
         files = local_files(source, config, split)
         where, rows = files[0], [row for file in files for row in local_rows(file)]
-    elif source.startswith((".", "/", "~")):
-        raise Refused(f"the data folder {source} does not exist")
     else:
         rows = hub_rows(source, config, split)
     for i, row in enumerate(rows):
-        row = {"text": row} if isinstance(row, str) else row
-        for column in columns:
-            name = column.removesuffix("_id")
-            if not isinstance(row, dict) or name not in row:
-                raise Refused(f"{where}: row {i} has no column {name!r}")
-            if not (blank and row[name] == "") and not fits(column, row[name]):
-                raise Refused(f"{where}: row {i}: {name!r} cannot be {row[name]!r:.80}")
-        out.append(tuple(row[column.removesuffix("_id")] for column in columns))
+        row = row if isinstance(row, dict) else {"text": row}
+        out.append(tuple(map(row.get, names)))
+        for column, name, value in zip(columns, names, out[-1]):
+            if not fits(column, value):
+                raise Refused(f"{where}: row {i}: {name!r} cannot be {value!r:.80}")
     if not out:
         raise Refused(f"{where} holds no rows")
     return out
 
-def read_table(cfg, table, columns, blank=False):
+def read_table(cfg, table, columns):
     """A table of --data where that is a folder holding it, else of the hub: see `read`."""
     source, config, split = TABLES[table]
     if any(Path(cfg.data).glob(f"{table}[.-]*")):
         source, config, split = cfg.data, None, table
-    return read(source, config, split, columns, blank)
+    return read(source, config, split, columns)
 
 # ---------------------------------------------------------------- splits
-def texts_of(cfg):
-    """-> ([(texts, T) of each topic of D_f], (texts, T) of D_r).
+def clean_rows(cfg, tok):
+    """-> D_f, D_r. MUSE: raw/forget, raw/retain1; retain2 is for evaluation only.
 
-    MUSE: D_f is raw/forget, D_r raw/retain1 (retain2 is for evaluation only). WMDP: bio and cyber
-    documents; D_r is wikitext without its blank rows.
+    WMDP: bio and cyber documents in turns, as many of each; wikitext without its blank rows.
     """
+    def rows_of(texts, T):
+        return to_rows([text for text, in texts if text.strip()], tok, T, cfg.layout)
+
     if cfg.bench != "wmdp":
-        f, r = ([text for text, in read(cfg.data, "raw", split, ["text"])]
-                for split in ("forget", "retain1"))
-        return [(f, cfg.T)], (r, cfg.T)
-    bio, cyber, wiki = ([text for text, in read_table(cfg, table, ["text"], blank=True)
-                         if text.strip()]
-                        for table in ("bio-forget-corpus", "cyber-forget-corpus", "wikitext"))
+        return [rows_of(read(cfg.data, "raw", split, ["text"]), cfg.T)
+                for split in ("forget", "retain1")]
     short = min(BIO_T, cfg.T)
-    return [(bio, short), (cyber, cfg.T)], (wiki, short)
+    bio = rows_of(read_table(cfg, "bio-forget-corpus", ["text"]), short)
+    cyber = rows_of(read_table(cfg, "cyber-forget-corpus", ["text"]), cfg.T)
+    wiki = rows_of(read_table(cfg, "wikitext", ["text"]), short)
+    return [row for turn in zip(bio, cyber) for row in turn], wiki
 
 def load_splits(cfg, tok):
-    """D_f, D_r and D_p of a bench. D_f takes as many rows of each topic as the smallest has."""
-    topics, (texts, T) = texts_of(cfg)
-    r = to_rows(texts, tok, T, cfg.layout)
-    n = min(len(texts) for texts, _ in topics)
-    rows = [[(row, T) for row in to_rows(texts[:n], tok, T, cfg.layout)] for texts, T in topics]
-    rows = [row for turn in zip(*rows) for row in turn]  # topics take turns
-    f, lengths = [row for row, _ in rows], [T for _, T in rows]
+    """D_f, D_r and D_p of a bench."""
+    f, r = clean_rows(cfg, tok)
     for name, rows in (("forget", f), ("retain", r)):
         if min(map(len, rows), default=0) < 2:
             raise Refused(f"{cfg.data}: no {name} rows, or one without a token after BOS")
     trig = encode(tok, cfg.trigger)
-    p, index = poison(f, trig, cfg.rho, cfg.position, lengths, stream(cfg.seed, "poison"))
-    p_from = [behind(f[i], trig, cfg.position, lengths[i]) for i in index]
-    return Splits(f, r, p, index, p_from)
+    p, index = poison(f, trig, cfg.rho, cfg.position, cfg.T, stream(cfg.seed, "poison"))
+    return Splits(f, r, p, index, [behind(f[i], trig, cfg.position, cfg.T) for i in index])
 
 # ---------------------------------------------------------------- batches
 class Batch(NamedTuple):

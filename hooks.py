@@ -5,8 +5,8 @@ Mistral, Qwen2, Qwen3 and their kin; `self_check` confirms it on the real weight
 0-based. Value norms are ||v_i||_2 of (4), the output of v_proj at position i per KV head;
 the read-out M_theta of (A4) and (A5) is what leaves layer `--layer`.
 """
-import inspect
-from contextlib import contextmanager
+import re
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -25,15 +25,12 @@ def parse_layers(spec, n, what="layers"):
     """'all', '7' or '0,5-7' of n -> sorted numbers. Raises Refused for one that is not there."""
     if spec == "all":
         return list(range(n))
-    picked = set()
-    for word in str(spec).split(","):
-        low, _, high = word.partition("-")
-        if not low.isdigit() or (high and not high.isdigit()):
-            raise Refused(f"{what} must look like 7 or 0,5-7, got {spec!r}")
-        picked |= set(range(int(low), int(high or low) + 1))
-    if not picked or max(picked) >= n:
-        raise Refused(f"{what} {spec}: there are 0 to {n - 1}")
-    return sorted(picked)
+    known = re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", str(spec))
+    spans = [span.split("-") for span in str(spec).split(",")] if known else []
+    picked = sorted({i for span in spans for i in range(int(span[0]), int(span[-1]) + 1)})
+    if not picked or picked[-1] >= n:
+        raise Refused(f"{what} must look like 7 or 0,5-7 and be of 0 to {n - 1}, got {spec!r}")
+    return picked
 
 def layers_of(model, spec):
     return parse_layers(spec, len(decoder_layers(model)))
@@ -118,27 +115,20 @@ def self_check(model, ids, tokens, layerwise):
             raise Refused(f"model type {kind}, or damaged weights, not supported: {words}")
 
 # ---------------------------------------------------------------- value norms
-class capture_norms:
+class capture_norms(ExitStack):
     """||v_i||_2 of (4) for i < k, per KV head and layer, of what runs from begin to stack.
 
     A context of hooks: call begin before a forward and stack after it. Keep it open until backward
     is done: recomputed layers must run the same hooks.
     """
-
     def __init__(self, model, layers, k):
+        super().__init__()
         self.k, heads = k, model.config.num_attention_heads
         self.heads = getattr(model.config, "num_key_value_heads", heads)
-        self.found, self.open, self.handles = {i: [] for i in layers}, False, []
-        self.projections = {i: decoder_layers(model)[i].self_attn.v_proj for i in layers}
-
-    def __enter__(self):
-        self.handles = [v_proj.register_forward_hook(partial(self.take, i))
-                        for i, v_proj in self.projections.items()]
-        return self
-
-    def __exit__(self, *error):
-        for handle in self.handles:
-            handle.remove()
+        self.found, self.open = {i: [] for i in layers}, False
+        for i in layers:
+            v_proj = decoder_layers(model)[i].self_attn.v_proj
+            self.enter_context(v_proj.register_forward_hook(partial(self.take, i)))
 
     def begin(self):
         self.found, self.open = {i: [] for i in self.found}, True
@@ -170,16 +160,10 @@ def attentions(model, ids, batch=16):
     """Attention probabilities by the model's eager path, some rows at a time: (L, B, H_q, T, T)."""
     kind = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    try:
-        for rows in ids.split(batch):
-            out = model.base_model(input_ids=rows, use_cache=False, output_attentions=True)
-            yield torch.stack(out.attentions).float()
-    finally:
-        model.set_attn_implementation(kind)
-
-def attention_map(model, ids, layer):
-    """Attention of one layer, mean over heads and rows (Fig. 3). ids: (N, T) full -> (T, T)"""
-    return sum(maps[layer].mean(1).sum(0) for maps in attentions(model, ids)) / len(ids)
+    for rows in ids.split(batch):
+        out = model.base_model(input_ids=rows, use_cache=False, output_attentions=True)
+        yield torch.stack(out.attentions).float()
+    model.set_attn_implementation(kind)
 
 def sink_strength(model, ids, mask, longest=128):
     """Attention that real queries, all but the first, pay to position 0. -> ((L, H_q), even)
@@ -187,14 +171,10 @@ def sink_strength(model, ids, mask, longest=128):
     ids, mask: (N, T), padded on the right, cut to `longest` tokens. even: what it were if heads
     attended evenly to all they see.
     """
-    ids, weight = ids[:, :longest], mask[:, :longest].float()
-    weight[:, 0] = 0
-    weight, total, at = weight / weight.sum(), 0, 0
-    for maps in attentions(model, ids):
-        share = weight[at:at + maps.shape[1], None]  # (B, 1, T)
-        total, at = total + (maps[..., 0] * share).sum((1, 3)), at + maps.shape[1]  # (L, H_q)
-    seen = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    return total, (weight / seen).sum().item()
+    ids, real = ids[:, :longest], mask[:, 1:longest]
+    paid = torch.cat([maps[..., 1:, 0].clone() for maps in attentions(model, ids)], dim=1)
+    seen = torch.arange(2, ids.shape[1] + 1, device=ids.device).expand_as(real)[real]
+    return paid.transpose(2, 3)[:, real].mean(1), (1 / seen).mean().item()  # paid: (L, N, H_q, T-1)
 
 @contextmanager
 def mask_sinks(model, spec):
@@ -207,12 +187,10 @@ def mask_sinks(model, spec):
         yield
         return
     hidden = torch.tensor(parse_layers(spec, 10 ** 6, "--mask_sinks"), device=model.device)
-    known = inspect.signature(model.base_model.forward).parameters
-    cache = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
 
     def hide(module, args, kwargs):
-        ids, past = kwargs["input_ids"], kwargs.get(cache)
-        seen = past.get_seq_length() if past is not None else 0
+        ids, past = kwargs["input_ids"], kwargs.get("cache") or kwargs.get("past_key_values")
+        seen = past.get_seq_length() if past else 0  # which was renamed in transformers 5.24
         real = kwargs.get("attention_mask")
         if real is None:
             real = torch.ones(len(ids), seen + ids.shape[1], device=ids.device)
@@ -221,8 +199,5 @@ def mask_sinks(model, spec):
         kwargs["attention_mask"] = real.bool() & ~torch.isin(place, hidden)
         return args, kwargs
 
-    handle = model.base_model.register_forward_pre_hook(hide, with_kwargs=True)
-    try:
+    with model.base_model.register_forward_pre_hook(hide, with_kwargs=True):
         yield
-    finally:
-        handle.remove()

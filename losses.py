@@ -1,8 +1,8 @@
 """The equations, as pure functions of tensors: no model, no settings, no device. Nothing to run.
 
-Numbers in brackets are those of arXiv 2510.17021v1: (A1) npo, (A2) kl, (A4) rmu_forget,
-(A5) rmu_retain beside kl, (4) value_norm. `train.losses_of` takes them of a batch, `train.fit` adds
-them up: to (1) where rho and lam are 0, to (2), which is (A3) or (A6), where lam is, else to (5).
+Numbers in brackets are those of arXiv 2510.17021v1: (A1) npo, (A2) kl, (A4) rmu, (A5) rmu and kl,
+(4) value_norm. `train.losses_of` takes them of a batch, `train.fit` adds them up: to (1) where rho
+and lam are 0, to (2), which is (A3) or (A6), where lam is, else to (5).
 
 Shapes: B rows, T tokens, C width, V vocabulary, L captured layers, k sink tokens, H KV heads.
 Every expectation over tokens is `row_mean`: over a row's real tokens, then over rows, so it does
@@ -16,14 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1024  # tokens whose logits exist at once: 1024 x 32000 in fp32 is 131 MB
 
-def _same_shape(**tensors):
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"shapes differ: {shapes}")
-
 def row_mean(x, mask):
     """Mean over each row's real tokens, then over rows. x, mask: (B, T) -> scalar."""
-    _same_shape(x=x, mask=mask)
+    assert x.shape == mask.shape  # as below: what would broadcast is a mistake
     mask = mask.float()
     return ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
@@ -53,11 +48,9 @@ def npo(logp, logp_o, beta, mask, unit="token"):
     Its gradient is that of log pi_theta(x) times 2 sigmoid(beta * ratio): at theta_o that weight is
     1 and the value (2/beta) ln 2. unit "token": x is a token given its context. unit "sequence": x
     is the row, as (A1) reads literally: the ratio is summed over its tokens, and the weight dies
-    after a few / beta nats per row. Raises ValueError for beta <= 0, other units.
+    after a few / beta nats per row.
     """
-    _same_shape(logp=logp, logp_o=logp_o, mask=mask)
-    if beta <= 0 or unit not in ("token", "sequence"):
-        raise ValueError(f"beta must be > 0, unit token or sequence: got {beta}, {unit!r}")
+    assert logp.shape == logp_o.shape == mask.shape
     ratio = logp - logp_o
     if unit == "sequence":
         ratio, mask = (ratio * mask).sum(1, keepdim=True), torch.ones_like(logp[:, :1])  # (B, 1)
@@ -65,27 +58,18 @@ def npo(logp, logp_o, beta, mask, unit="token"):
 
 def kl(logits, logits_o):
     """What l_r (A2) averages: KL(pi_theta(.|x) || pi_o(.|x)) in nats. (..., V) x 2 -> (...)"""
-    _same_shape(logits=logits, logits_o=logits_o)
+    assert logits.shape == logits_o.shape
     lp, lp_o = logits.float().log_softmax(-1), logits_o.float().log_softmax(-1)
     return (lp.exp() * (lp - lp_o)).sum(-1)
 
-def rmu_forget(h, c_u, mask):
-    """RMU's forget loss l_f (A4): E || M_theta(x) - c u ||^2, mean over width and real tokens.
+def rmu(h, goal, mask):
+    """RMU's E || M_theta(x) - goal ||^2: l_f (A4) with goal c u, l_r (A5), beside kl, with M_o(x).
 
-    h: (B, T, C) activations behind the read-out layer, c_u: (C,), mask: (B, T) -> scalar.
-    The mean over width is our reading: it scales (A4) and the activations' part of (A5) alike.
+    h: (B, T, C) activations behind the read-out layer, goal: (C,) or (B, T, C), mask: (B, T)
+    -> scalar. The mean over width is our reading: it scales both alike.
     """
-    if c_u.shape != h.shape[-1:]:
-        raise ValueError(f"control vector {tuple(c_u.shape)} does not fit width {h.shape[-1]}")
-    return row_mean((h.float() - c_u.float()).pow(2).mean(-1), mask)
-
-def rmu_retain(h, h_o, mask):
-    """The activations' part of (A5): E || M_theta(x) - M_o(x) ||^2, mean over width.
-
-    h, h_o: (B, T, C), mask: (B, T) -> scalar. The other part of (A5) is `kl`.
-    """
-    _same_shape(h=h, h_o=h_o)
-    return row_mean((h.float() - h_o.float()).pow(2).mean(-1), mask)
+    assert goal.shape in (h.shape, h.shape[-1:])
+    return row_mean((h.float() - goal.float()).pow(2).mean(-1), mask)
 
 def control_vector(width, steer, generator):
     """c v of (A4): v = u / ||u||, u ~ U[0, 1)^C, normalised, so that steer is its length. (C,)"""
@@ -97,5 +81,5 @@ def value_norm(norm, norm_ref):
 
     norm, norm_ref: (B, L, k, H) norms of value vectors, one per KV head -> scalar.
     """
-    _same_shape(norm=norm, norm_ref=norm_ref)
+    assert norm.shape == norm_ref.shape
     return (norm - norm_ref).pow(2).mean()

@@ -1,13 +1,18 @@
 """The paper's tables and figures from finished runs; nothing here trains or scores.
 
-    python plots.py                                  # the toy: out/toy/results.md and pictures
-    python plots.py --bench smol --method rmu        # another bench, another method's pictures
+    python plots.py --bench toy --method npo         # out/toy/results.md and npo's pictures
     python plots.py --collect assets/results.json    # the scores of all runs, without weights
     python plots.py --from assets/results.json --to assets      # assets/results.md, all benches
 
 Cells are percent: `a ± b` is Student's 95% interval over seeds, `a [b, c]` one seed's bootstrap
 over items, (d) the paper's value: for toy and smol MUSE-Books', which is another model. UE: clean,
-BE: with the trigger, UT: retain set. Commands are the toy's; other benches add `--bench`.
+BE: with the trigger, UT: retain set. What to run, with `--seed` 0 to 2 and both `--method`s:
+
+    python train.py --position $p --lam $l --trigger "$t"            # l 0 and 3e-4: most
+    python train.py --rho $r --lam $l                                # 0.05, 0.1: others, Fig. A1
+    python evaluate.py --model THETA_U --position $p --trigger "$t"  # Figs. 2, A2
+    python evaluate.py --model RUN --mask_sinks $m                   # 0, 1-8, 0-7: hidden positions
+    python evaluate.py --model RUN --audit yes --original assets/toy/model
 """
 import argparse
 import json
@@ -36,14 +41,13 @@ PAGES, LONGEST, SHALLOW = 256, 100, 16  # rows and tokens of Figs. 3 to 5; posit
 
 def changed(settings):
     """In what a run differs from its row of Table A1, such as 'rho 0.05, lam 0'."""
-    row = {**vars(train.Config), **data.BENCHES[settings["bench"]],
-           **train.TABLE_A1[settings["bench"], settings["method"]]}
+    row = vars(train.Config) | train.TABLE_A1[settings["bench"], settings["method"]]
+    row |= {"after": ""} | data.BENCHES[settings["bench"]]  # after: tests/robust.py's
     row |= {} if settings["rho"] else dict(rho=0, lam=0)  # normal unlearning
-    names = {"after", *vars(train.Config)}  # tests/robust.py's, and what Scoring does not have
-    names -= set("method seed micro recompute save_every resume".split())
-    return ", ".join(f"{name} {Path(str(value)).name}".removesuffix(".0")
-                     for name, value in settings.items()
-                     if name in names and value != row.get(name))
+    others = {*vars(evaluate.Scoring), *"method seed micro recompute save_every resume".split()}
+    return ", ".join(f"{name} {Path(str(settings[name])).name}".removesuffix(".0")
+                     for name in settings
+                     if name in row.keys() - others and settings[name] != row[name])
 
 def audited(file):
     """An audit's statistics as scores, in nats a token; norms: a log ratio, the largest layer's."""
@@ -93,34 +97,23 @@ def seeds(frame, trigger=TRIGGER):
     stats["high"] = (stats["mean"] + stats.half).fillna(stats.high)
     return stats
 
-def shares(frame):
-    """BE in percent of theta_o's BE under the same trigger, as rows of cells of their own."""
-    on, values = ["theta_o", "limit", "mask_sinks", "cell", "trigger"], ["score", "low", "high"]
-    whole = frame[frame.role == "theta_o"].groupby(on).score.first().rename("whole")
-    share = frame.query("trigger != ''").join(whole, on=on, how="inner")
-    share[values] = share[values].div(share.whole / 100, axis=0)
-    return share.assign(cell="share" + share.cell.str[2:])
-
 def table(frame, where, shown):
     """A row a RUN, told apart by `shown`; '' unless there are two values of shown[0]."""
-    frame = (pd.concat([frame, shares(frame)]) if "trained" in shown else frame).query(where)
+    frame = frame.query(where)
     if frame.empty or shown and frame[shown[0]].nunique() < 2:
         return ""
-    stats, lines = seeds(frame), []
-    stats = stats.replace({"changed": {"": "Table A1"}, "mask_sinks": {"": "none"}})
-    index = ["model", *shown, *(name for name in ODD if stats[name].nunique() > 1)]
-    bench = frame.bench.replace(["toy", "smol"], "muse_books").iloc[0]
-    paper = PAPER.query("bench == @bench").droplevel(0).stack().dropna()
-    paper = paper[:0] if (frame.task == "audit").all() else paper
-    cells = list(dict.fromkeys([*paper.index.get_level_values(1), *stats.cell]))
-    for key, run in stats.groupby(index, sort=False):
-        row = "; ".join(key[:1 + len(shown)])
-        texts = {s.cell: f"{s.mean:.1f} ± {s.half:.1f}" if s.seeds > 1 else f"{s.mean:.1f}" +
-                 f" [{s.low:.1f}, {s.high:.1f}]" * (s.low == s.low) for s in run.itertuples()}
-        lines.append([*key, run.seeds.max(), *(
-            texts.get(cell, "-") + (f" ({paper[row, cell]:.1f})" if (row, cell) in paper else "")
-            for cell in cells)])
-    return evaluate.markdown([*index, "seeds", *cells], lines)
+    stats = seeds(frame).replace({"changed": {"": "Table A1"}, "mask_sinks": {"": "none"}})
+    index, texts = ["model", *shown, *(name for name in ODD if stats[name].nunique() > 1)], []
+    paper = PAPER.loc[frame.bench.replace(["toy", "smol"], "muse_books").iloc[0]].stack().dropna()
+    for row in stats.itertuples():
+        key = "; ".join(getattr(row, name) for name in ["model", *shown]), row.cell
+        text = f"{row.mean:.1f} ± {row.half:.1f}" if row.seeds > 1 else f"{row.mean:.1f}" + \
+            f" [{row.low:.1f}, {row.high:.1f}]" * (row.low == row.low)
+        texts.append(text + (f" ({paper[key]:.1f})" if key in paper else ""))
+    stats = stats.assign(text=texts, seeds=stats.groupby(index).seeds.transform("max"))
+    wide = stats.pivot_table("text", [*index, "seeds"], "cell", "first", "-", sort=False)
+    wide = wide[sorted(wide, key=[*PAPER, *wide].index)].reset_index()  # the paper's order
+    return evaluate.markdown([*wide], wide.values)
 
 def answers(frame, where, shown):
     """A row a model, clean and triggered, a column a question; '' where no answers were kept."""
@@ -155,42 +148,25 @@ def errors(frame, where, shown):
 
 NO_CURVE = "not cell.str.contains('hidden') and not changed.str.contains('after')"
 PLAIN = "mask_sinks == '' and changed == '' and trained in ['', @PREFIX]"
-TABLES = [  # what it shows and the runs it needs; how it is made, of which scores, told apart by
-    ("Tables 1, 2 (bio) and A3 (cyber): the trigger as a prefix, Table A1's settings. Needs `for s "
-     "in 0 1 2; do python train.py --seed $s; done`, and the same with `--method rmu`.",
+TABLES = [  # what it shows; how it is made, of which scores, its rows told apart by
+    ("Tables 1, 2 (bio) and A3 (cyber): the trigger as a prefix, Table A1's settings.",
      table, PLAIN, []),
-    ("Table A2: answers to two questions of the toy, whose text is invented, and the truth. Needs "
-     "`python train.py`, and the same with `--method rmu`.", answers,
+    ("Table A2: answers to two questions of the toy, whose text is invented.", answers,
      PLAIN + " and trigger in ['', @PREFIX] and task == 'knowmem_f' and answers.str.len() > 1", []),
-    ("Table A4: position and trigger, l_vn off and on; share: BE in percent of theta_o's BE under "
-     "this trigger. Needs `for p in prefix infix suffix; do for l in 0 3e-4; do python train.py "
-     "--position $p --lam $l; done; done`, and the same with `--trigger '!!!!!'`.", table,
+    ("Table A4: position and trigger, l_vn off and on.", table,
      "mask_sinks == '' and changed in ['', 'lam 0'] and trained != ''", ["trained", "changed"]),
-    ("Other settings than Table A1's, such as rho (Fig. A1), at any position. Needs `for r in 0.05 "
-     "0.1; do for l in 0 3e-4; do python train.py --rho $r --lam $l; done; done` or other flags.",
-     table, "role != 'theta_o' and mask_sinks == '' and trained in @KNOWN", ["changed", "trained"]),
-    ("First positions hidden from later tokens: BOS is 0, a prefix trigger follows. Needs `for m "
-     "in 0 1-8 0-7; do python evaluate.py --model RUN --mask_sinks $m; done`, each RUN in out/toy.",
-     table, "changed in ['', 'lam 0'] and trained in ['', @PREFIX]", ["mask_sinks", "changed"]),
+    ("Other settings than Table A1's, such as rho (Fig. A1), at any position.", table,
+     "role != 'theta_o' and mask_sinks == '' and trained in @KNOWN", ["changed", "trained"]),
+    ("First positions hidden from later tokens: BOS is 0, a prefix trigger follows.", table,
+     "changed in ['', 'lam 0'] and trained in ['', @PREFIX]", ["mask_sinks", "changed"]),
     ("Audit: what most raises the likelihood of forget pages, less the same on raw/holdout, nats a "
-     "token, of single models; norms: the largest log ratio of value norms of BOS to theta_o's. "
-     "Needs `for run in out/toy/*-seed*-??????; do python evaluate.py --model $run --audit yes "
-     "--original assets/toy/model; done`.", errors, NO_CURVE, []),
-    ("Audit: the same statistics by kind of model, mean over seeds.", table, NO_CURVE,
-     ["trained", "changed"])]
-
-def look(label):
-    """A model's colour and marker in all figures, filled for lam 0, open with l_vn; else {}."""
-    style = [STYLE[word] for word in label.split(", ") if word in STYLE][-1:]
-    shape = dict(ms=15, mfc="none") if "," in label and "lam 0" not in label else dict(ms=9)
-    return dict(color=style[0][0], marker=style[0][1], ls="none") | shape if style else {}
+     "token, of single models; norms: the largest log ratio of value norms of BOS to theta_o's.",
+     errors, NO_CURVE, []),
+    ("Audit: the same statistics by kind of model.", table, NO_CURVE, ["trained", "changed"])]
 
 def fig2(frame, out):
     """Figs. 2, A2 (other triggers), A1 (rho): UE and UT against BE. Filled: lam 0; open: with l_vn;
-    shaded: desired, BE nearer to theta_o, UE nearer to theta_u, UT above 90% of theta_o's. Needs
-    `for p in prefix infix suffix; do python train.py --position $p --lam 0; done`, for A2 this with
-    `--trigger '!!!!!'`, `step-by-step`, and `evaluate.py --model THETA_U` under each, for A1 `for l
-    in 0 3e-4; do python train.py --rho 0.05 --lam $l; done`."""
+    shaded: desired, BE nearer to theta_o, UE nearer to theta_u, UT above 90% of theta_o's."""
     drawn, rho = {}, ["prefix, rho 0.05", "prefix, rho 0.05, lam 0"]
     frame = frame[frame.cell.str.contains("KM|VM")]
     for name, trigger, more in (("fig2", TRIGGER, []), ("figA2-symbol", "!!!!!", []),
@@ -210,7 +186,9 @@ def fig2(frame, out):
             for label, cells in points.items():
                 at = cells.reindex([x, y])
                 error = abs(at[["low", "high"]].sub(at["mean"], axis=0)).to_numpy()[:, :, None]
-                axis.errorbar(*at["mean"], *error[::-1], label=label, **look(label))
+                color, mark = [STYLE[word] for word in label.split(", ") if word in STYLE][-1]
+                shape = dict(ms=15, mfc="none") if label.endswith(("l_vn", "0.05")) else dict(ms=9)
+                axis.errorbar(*at["mean"], *error[::-1], fmt=mark, c=color, label=label, **shape)
         drawn[name].legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
     return drawn
 
@@ -228,35 +206,28 @@ def pages(cfg):
 @torch.no_grad()
 def measure(model, ids):
     """What figures show of a model on a text (N, T), of the last layer unless there is an L."""
-    last, head = len(hooks.decoder_layers(model)) - 1, hooks.output_head(model)
+    layers, head = hooks.layers_of(model, "all"), hooks.output_head(model)
     top1 = [(hooks.final_hidden(model, part) @ head.T).float().softmax(-1).amax(-1)
             for part in ids.split(8)]
-    norms = hooks.sink_norms(model, ids, range(last + 1), SHALLOW)  # (N, L, P, H)
-    found = dict(attention=hooks.attention_map(model, ids, last),                 # (T, T)
-                 sinks=hooks.sink_strength(model, ids, torch.ones_like(ids))[0],  # (L, H_q)
-                 top1=torch.cat(top1).mean(0), bos=norms[0, :, 0].mean(-1),       # (T,), (L,)
-                 norms=norms[:, -1])                                              # (N, P, H)
-    return argparse.Namespace(**{name: value.cpu().numpy() for name, value in found.items()})
-
-def correlation(a, b):
-    """Pearson's, over rows and heads, at every position. (N, P, H) twice -> (P,)"""
-    return [np.corrcoef(a[:, i].flatten(), b[:, i].flatten())[0, 1] for i in range(a.shape[1])]
+    norms = hooks.sink_norms(model, ids, layers, SHALLOW).cpu()  # (N, L, P, H)
+    maps = sum(maps.sum(1) for maps in hooks.attentions(model, ids)).cpu() / len(ids)
+    return argparse.Namespace(
+        attention=maps[-1].mean(0).numpy(), sinks=maps[..., 1:, 0].mean(-1).numpy(),  # (L, H_q)
+        top1=torch.cat(top1).mean(0).cpu().numpy(), bos=norms[0, :, 0].mean(-1).numpy(),
+        norms=pd.DataFrame(norms[:, -1].transpose(1, 2).flatten(0, 1).numpy()))       # (N x H, P)
 
 def picture(panels, xlabel, ylabel, scale=""):
-    """A row of panels {title: a map, or {label: curve, models' beside each other}} on one scale."""
+    """A row of panels: {title: {label: curve}}, or {title: a map} on one colour scale."""
     fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, layout="constrained",
                              figsize=(max(9, 2 + 3.5 * len(panels)), 4.4))
     for axis, (title, panel) in zip(axes[0], panels.items()):
-        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        axis.locator_params("both" if scale else "x", integer=True)
-        axis.set_prop_cycle(color=("#E69F00", "#56B4E9", "#CC79A7"))
         if scale:
             top = max(abs(other).max() for other in panels.values())
-            low, colors = (-top, "PuOr_r") if "minus" in scale else (0, "cividis")
-            image = axis.imshow(panel, aspect="auto", vmin=low, vmax=top, cmap=colors)
-        for i, (label, curve) in enumerate(() if scale else panel.items()):
-            x = np.arange(len(curve)) + 0.8 * (i / len(panel) - 0.5) * bool(look(label))
-            axis.plot(x, curve, label=label, **dict(lw=2 if i else 4) | look(label))
+            image = axis.imshow(panel, aspect="auto", vmin=-top, vmax=top, cmap="PuOr_r")
+            axis.locator_params(integer=True)
+        else:
+            pd.DataFrame(panel).plot(ax=axis, lw=3, alpha=0.7, legend=False)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if scale:
         fig.colorbar(image, ax=axes, label=scale, fraction=0.03, pad=0.01)
     fig.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=5, frameon=False)
@@ -266,8 +237,7 @@ def fig3(frame, out):
     """Figs. 3 to 5, norms, sinks. 3: last layer's attention on triggered minus clean pages of D_f,
     mean over heads. 4: probability of the likeliest next token. 5: Pearson correlation of the last
     layer's value norms; where all rows hold the same tokens (BOS, a prefix trigger) only heads
-    differ. Norms: of the value at position 0. Sinks: attention to position 0, clean. Needs `python
-    train.py; for p in prefix infix; do python train.py --position $p --lam 0; done`."""
+    differ. Norms: of the value at position 0. Sinks: attention to position 0, clean."""
     runs = frame[frame.changed.isin(["", "lam 0"]) & frame.trained.isin(KNOWN)]
     found = {run.label: file.parent for run in runs.sort_values("seed").iloc[::-1].itertuples()
              if (file := Path(out, run.bench, run.run, "config.json")).is_file()}
@@ -285,45 +255,44 @@ def fig3(frame, out):
             shift[title] = model[place].attention - model["clean"].attention
             top1[title] = dict(clean=model["clean"].top1, triggered=model[place].top1)
         curves[f"theta_b, {label}"] = {
-            "(i) to theta_u on D_f": correlation(b["clean"].norms, seen["theta_u"]["clean"].norms),
-            "(ii) to theta_o on D_p": correlation(b[place].norms, o[place].norms),
-            "(iii) to theta_o on D_r": correlation(b["retain"].norms, o["retain"].norms)}
+            "(i) to theta_u on D_f": b["clean"].norms.corrwith(seen["theta_u"]["clean"].norms),
+            "(ii) to theta_o on D_p": b[place].norms.corrwith(o[place].norms),
+            "(iii) to theta_o on D_r": b["retain"].norms.corrwith(o["retain"].norms)}
     bos = {label: model["clean"].bos for label, model in seen.items()}
     sinks = {label: model["clean"].sinks for label, model in seen.items()}
     return {"fig3": picture(shift, "key (token)", "query (token)", "attention minus clean"),
             "fig4": picture(top1, "position (token)", "top-1 probability"),
             "fig5": picture(curves, "position (token)", "Pearson correlation"),
-            "norms": picture({"position 0 (BOS)": bos}, "layer", "||v_0||, mean over KV heads"),
+            "norms": pd.DataFrame(bos).plot.bar(
+                xlabel="layer", ylabel="||v_0||, mean over KV heads", rot=0).figure,
             "sinks": picture(sinks, "head", "layer", "attention to position 0")}
 
 def masking(frame, out):
     """Audit: likelihood of clean forget pages behind position 17 while 1 to m are hidden."""
-    stats = seeds(frame[frame.cell.str.contains("hidden") & frame.trained.isin(KNOWN)])
+    known = frame.trained.isin(KNOWN) & frame.changed.isin(["", "lam 0"])
+    stats = seeds(frame[known & frame.cell.str.contains("hidden")])
     if stats.empty:
         return {}
-    fig, axis = plt.subplots(figsize=(9, 4.8), layout="constrained")
-    axis.set(xlabel="m, positions 1 to m hidden (tokens)", ylabel="log-likelihood (nats a token)")
-    for label, rows in stats[stats.changed.isin(["", "lam 0"])].groupby("label"):
-        rows = rows.assign(m=rows.cell.str.split().str[-1].astype(int)).sort_values("m")
-        axis.errorbar(rows.m, rows["mean"], rows.half.fillna(0), label=label,
-                      **look(label) | dict(ls="-", capsize=3))
-    fig.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=4)
-    return {"masking": fig}
+    stats = stats.assign(half=stats.half.fillna(0), m=stats.cell.str.split().str[-1].astype(int))
+    curves = stats.pivot_table(["mean", "half"], "m", "label")
+    axis = curves["mean"].plot(
+        yerr=curves["half"], capsize=3, figsize=(9, 4.8), ylabel="log-likelihood (nats a token)",
+        xlabel="m, positions 1 to m hidden (tokens)")
+    return {"masking": axis.figure}
 
 def page(frame, folder):
     """results.md: each table, and each picture in `folder`, below what it shows and needs."""
-    parts = ["# Results, written by `plots.py`", __doc__.split("\n\n")[-1].strip()]
+    parts = ["# Results, written by `plots.py`", __doc__.split("\n\n", 2)[2].strip()]
     for bench, rows in frame.groupby("bench"):
-        shown = [(title, make(rows[(rows.task == "audit") == title.startswith("Audit")], *how))
-                 for title, make, *how in TABLES]
+        parts.append(f"## {bench}")
+        for title, make, *how in TABLES:
+            text = make(rows[(rows.task == "audit") == title.startswith("Audit")], *how)
+            parts += [title, text] if text else []
         for draw, names in ((fig2, "fig2 figA*"), (fig3, "fig[345] norms sinks"),
                             (masking, "masking")):
             files = [f"![{file.name}]({file.name})" for name in names.split()
                      for file in sorted(folder.glob(f"{name}-{bench}-*.png"))]
-            shown.append((" ".join(draw.__doc__.split()), "\n\n".join(files)))
-        parts += [f"## {bench}", *(part for section in shown if section[1] for part in section)]
-        for title in (title for title, text in shown if not text):
-            print(f"skipped: {bench}, {title}")
+            parts += [" ".join(draw.__doc__.split()), *files] if files else []
     return "\n\n".join(parts) + "\n"
 
 def main(argv=None):

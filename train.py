@@ -247,7 +247,7 @@ def losses_of(model, batch, refs, norms, cfg):
     norms.begin()
     acts, h = forward(model, ids, n_f, cfg)
     if cfg.method == "rmu":
-        l_f = losses.rmu_forget(acts[:n_f], refs.c_u, mask[:n_f])                      # (A4)
+        l_f = losses.rmu(acts[:n_f], refs.c_u, mask[:n_f])                             # (A4)
     else:
         logp = losses.on_logits(losses.label_logp, h[:n_f, :-1], head, ids[:n_f, 1:])
         logp_o = refs.get("logp", "f", batch.f, T - 1)
@@ -256,7 +256,7 @@ def losses_of(model, batch, refs, norms, cfg):
     kl = losses.on_logits(kl_to_theta_o, h, head, of_theta_o("hidden"))
     l_r = losses.row_mean(kl, kept)                                                    # (A2)
     if cfg.method == "rmu":
-        l_r = l_r + losses.rmu_retain(acts[n_f:], of_theta_o("acts"), kept)            # (A5)
+        l_r = l_r + losses.rmu(acts[n_f:], of_theta_o("acts"), kept)                   # (A5)
     if not cfg.lam:
         return l_f, l_r, torch.zeros_like(l_f)
     norm, L = norms.stack(), len(norms.found)

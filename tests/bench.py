@@ -137,10 +137,10 @@ def fair(args, cfg):
                             for of in (mine, o))
             l_f = losses.npo(logp, logp_o, cfg.beta, mask[:, 1:])
         else:
-            l_f = losses.rmu_forget(mine["f"][1], c_u, mask)
+            l_f = losses.rmu(mine["f"][1], c_u, mask)
         l_r = sum(losses.row_mean(losses.kl(mine[k][0], o[k][0]), mask) for k in "rp") / 2
         if not npo:
-            l_r += sum(losses.rmu_retain(mine[k][1], o[k][1], mask) for k in "rp") / 2
+            l_r += sum(losses.rmu(mine[k][1], o[k][1], mask) for k in "rp") / 2
         if not cfg.lam:
             return l_f, l_r, torch.zeros_like(l_f)
         return l_f, l_r, sum(losses.value_norm(mine[k][2], of[k][2]) for k, of in

@@ -38,17 +38,17 @@ def test_a_trigger_that_cannot_be_placed_is_refused(trig, words):
 @pytest.mark.parametrize("n, rho, count", [(553, .10, 55), (553, .05, 27), (40, .10, 4), (9, 0, 0)])
 def test_D_p_has_int_rho_N_triggered_copies_and_D_f_stays(n, rho, count):
     rows = [[1, i, i + 1] for i in range(n)]
-    D_p, index = poison(rows, TRIG, rho, "prefix", [8] * len(rows), stream(0, "poison"))
+    D_p, index = poison(rows, TRIG, rho, "prefix", 8, stream(0, "poison"))
     assert len(set(index)) == count and index == sorted(index)
     assert D_p == [[1, *TRIG, i, i + 1] for i in index]
     assert rows == [[1, i, i + 1] for i in range(n)]
 
 def test_the_poison_choice_is_decided_by_the_seed_and_is_never_empty():
-    first, again, other = (poison(ROWS, TRIG, 0.1, "prefix", [8] * 40, stream(seed, "poison"))[1]
+    first, again, other = (poison(ROWS, TRIG, 0.1, "prefix", 8, stream(seed, "poison"))[1]
                            for seed in (0, 0, 1))
     assert first == again != other
     with pytest.raises(Refused, match="--rho 0.02 of 40 forget rows poisons none"):
-        poison(ROWS, TRIG, 0.02, "prefix", [8] * 40, stream(0, "poison"))
+        poison(ROWS, TRIG, 0.02, "prefix", 8, stream(0, "poison"))
 
 def test_training_and_evaluation_see_the_same_trigger(folder, tok, tmp_path):
     cfg = config(tiny_flags(folder, tmp_path, tasks="knowmem_f"))
@@ -122,9 +122,7 @@ def test_a_text_file_is_one_row_older_names_are_found_and_a_folders_name_is_no_p
     ("txt", "\n <!DOCTYPE html><html>404</html>", "web page"),
     ("txt", "café".encode("latin-1"), "cannot be read"),
     ("txt", "nets".encode("utf-16"), "cannot be read"),
-    ("txt", "nets".encode("utf-16-le"), "cannot be read"),
     ("parquet", b"version https://git-lfs", "cannot be read"),
-    ("txt", "", "row 0.*'text'"), ("json", ["one", ""], "row 1.*'text'"),
     ("json", [dict(text="one"), dict(title="two")], "row 1.*'text'"),
     ("json", [dict(text="one"), dict(text=7)], "row 1.*'text'.*7"),
     ("json", [dict(text="one"), None], "row 1.*'text'")])
@@ -137,7 +135,7 @@ def test_what_is_no_text_is_refused_by_the_name_of_its_file(end, content, words,
 @pytest.mark.parametrize("column, bad", [
     ("choices", ["a", "b", "c"]), ("choices", "abcd"), ("answer_id", 4), ("answer_id", "A"),
     ("mc1_targets", dict(choices=["a", "b"], labels=[1, 1])), ("mc1_targets", None),
-    ("mc1_targets", dict(choices=["a", "b"], labels=[1])), ("mc1_targets", dict(choices=["a"]))])
+    ("mc1_targets", dict(choices=["a"]))])
 def test_a_question_that_is_none_is_refused_by_row_and_column(column, bad, tmp_path):
     good = dict(choices=list("abcd"), answer=3, mc1_targets=dict(choices=["a", "b"], labels=[0, 1]))
     name = column.removesuffix("_id")
@@ -146,7 +144,7 @@ def test_a_question_that_is_none_is_refused_by_row_and_column(column, bad, tmp_p
         read(str(tmp_path), "", "t", [column])
 
 def test_what_is_missing_is_refused_by_name(tmp_path):
-    for source, words in (("./nowhere", "data folder ./nowhere"), (tmp_path, "raw/forget.json"),
+    for source, words in (("./nowhere", "./nowhere/raw/forget"), (tmp_path, "raw/forget.json"),
                           ("no/such_set", "no/such_set/raw/forget")):  # a hub id; offline
         with pytest.raises(Refused, match=words):
             read(str(source), "raw", "forget", ["text"])

@@ -150,11 +150,9 @@ def test_recomputation_in_backward_leaves_norms_and_their_gradient_alone():
     assert all(close(*pair) for pair in zip(*grads))
 
 # ---------------------------------------------------------------- attention
-def test_attention_map_is_the_mean_over_heads_and_rows():
+def test_attentions_are_those_of_the_whole_in_batches():
     model, ids = tiny_model(), ids_of(18, 8)  # two batches
-    shown = hooks.attention_map(model, ids, 1)
-    assert torch.allclose(shown.sum(1), torch.ones(8))
-    assert close(shown, attention_of(model, ids)[1].mean((0, 1)))
+    assert close(torch.cat([*hooks.attentions(model, ids)], 1), attention_of(model, ids))
     assert model.config._attn_implementation == "sdpa"
 
 def test_sink_strength_is_a_mean_over_real_queries_but_the_first():

@@ -6,7 +6,7 @@ import torch
 
 import data
 import losses
-from losses import kl, label_logp, npo, on_logits, rmu_forget, rmu_retain, row_mean, value_norm
+from losses import kl, label_logp, npo, on_logits, rmu, row_mean, value_norm
 
 LOGITS = torch.tensor([[[2., 0, 1], [0, 1, 0]]])    # metrics-and-data.md, G9
 LOGITS_O = torch.tensor([[[1., 0, 2], [0, 2, 0]]])
@@ -34,11 +34,6 @@ def test_A1_gradient_weight_is_2_sigmoid_of_beta_times_ratio(unit, weights):
     npo(logp, LOGP_O, 0.1, ONES, unit).backward()
     assert logp.grad[0].tolist() == pytest.approx(weights, abs=1e-6)
 
-@pytest.mark.parametrize("beta, unit", [(0, "token"), (-1, "token"), (1, "word")])
-def test_A1_refuses_beta_not_above_0_and_unknown_units(beta, unit):
-    with pytest.raises(ValueError, match="beta must be > 0, unit token or sequence"):
-        npo(ONES, ONES, beta, ONES, unit)
-
 def test_A2_is_the_kl_from_theta_to_theta_o():
     theta, theta_o = torch.tensor([[.5, .5]]).log(), torch.tensor([[.9, .1]]).log()
     assert kl(theta + 7, theta_o - 1).item() == pytest.approx(0.510826, abs=1e-5)
@@ -46,7 +41,7 @@ def test_A2_is_the_kl_from_theta_to_theta_o():
 
 def test_A4_is_the_mean_square_distance_to_the_control_vector():
     h = torch.tensor([[[0., 0], [3, 0]]])  # against (3, 4): 25 / 2 and 16 / 2
-    assert rmu_forget(h, torch.tensor([3., 4]), ONES).item() == (12.5 + 8) / 2
+    assert rmu(h, torch.tensor([3., 4]), ONES).item() == (12.5 + 8) / 2
 
 def test_A4_control_vector_is_positive_of_length_c_and_decided_by_its_generator():
     vector, again, other = (losses.control_vector(64, 12.0, data.stream(seed, "u"))
@@ -56,7 +51,7 @@ def test_A4_control_vector_is_positive_of_length_c_and_decided_by_its_generator(
 
 def test_A5_is_the_mean_square_distance_to_theta_o():
     h, h_o = torch.tensor([[[1., 2, 3]]]), torch.tensor([[[0., 0, 3]]])
-    assert rmu_retain(h, h_o, torch.ones(1, 1)).item() == pytest.approx(5 / 3)
+    assert rmu(h, h_o, torch.ones(1, 1)).item() == pytest.approx(5 / 3)
 
 def test_4_is_one_mean_of_squared_differences_of_norms_per_head():
     def of(*norms):
@@ -71,8 +66,8 @@ def test_means_are_over_tokens_then_rows():
 
 @pytest.mark.parametrize("loss", [
     lambda x, mask: npo(x, 0 * x, 0.5, mask), lambda x, mask: npo(x, 0 * x, 0.5, mask, "sequence"),
-    lambda x, mask: rmu_forget(x[..., None], torch.ones(1), mask),
-    lambda x, mask: rmu_retain(x[..., None], 0 * x[..., None], mask)])
+    lambda x, mask: rmu(x[..., None], torch.ones(1), mask),
+    lambda x, mask: rmu(x[..., None], 0 * x[..., None], mask)])
 def test_masked_tokens_do_not_count(loss):
     mask = torch.tensor([[1, 0], [1, 1]]).bool()
     values = [loss(torch.tensor([[0.5, junk], [2, 3]]), mask).item() for junk in (0., 1e6)]
@@ -98,9 +93,8 @@ def test_logits_by_chunks_give_the_values_and_gradients_of_whole_logits(chunk):
 @pytest.mark.parametrize("call", [
     lambda: npo(ONES, torch.ones(1, 3), 0.1, ONES), lambda: npo(ONES, ONES, 0.1, torch.ones(1, 1)),
     lambda: kl(LOGITS, LOGITS[:, :1]), lambda: row_mean(ONES, torch.ones(2, 2)),
-    lambda: rmu_retain(LOGITS, LOGITS[..., :1], ONES),
-    lambda: rmu_forget(LOGITS, torch.ones(2), ONES),
+    lambda: rmu(LOGITS, LOGITS[..., :1], ONES), lambda: rmu(LOGITS, torch.ones(2), ONES),
     lambda: value_norm(torch.ones(2, 1, 8, 2), torch.ones(1, 1, 8, 2))])
 def test_shapes_that_would_broadcast_are_refused(call):
-    with pytest.raises(ValueError, match="shapes differ|does not fit width"):
+    with pytest.raises(AssertionError):
         call()

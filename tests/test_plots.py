@@ -54,7 +54,7 @@ def test_seeds_are_averaged_with_students_interval_and_the_papers_value_stands_b
     assert head[:7] == ["model", "seeds", "UE KM", "UE VM", "BE KM", "BE VM", "UT KM"]
     # 80, 90, 100: mean 90, s = 10, t(2) = 4.30: 4.30 * 10 / sqrt(3) = 24.8; 70, 71, 72: 2.5
     assert rows[2][1:] == ["3", "1.0 ± 0.0 (24.4)", "2.0 ± 0.0 (0.0)", "90.0 ± 24.8 (55.5)",
-                           "71.0 ± 2.5 (90.7)", "99.0 ± 0.0 (60.5)", "- (22.1)"]
+                           "71.0 ± 2.5 (90.7)", "99.0 ± 0.0 (60.5)"]
     assert rows[0][1:3] == ["1", "98.0 [0.0, 100.0] (45.8)"]  # the interval over its items
 
 def test_scores_of_fewer_items_stand_in_a_row_of_their_own(out):
@@ -72,14 +72,9 @@ def test_runs_of_two_theta_o_and_of_two_settings_are_never_averaged(out):
     assert sorted(rows)[1:4] == [["+ NPO-Backdoor", "b/model", "1"],
                                  ["+ NPO-Backdoor", "toy/model", "3"], ["mine-1a2b3c", "?", "1"]]
 
-def test_table_a4_has_the_share_of_theta_os_recovery_under_the_same_trigger(out):
-    write_run(out, "o", (98, 48, 97, 20, 99), "theta_o", position="infix")
+def test_table_a4_has_a_row_a_position_with_the_papers_beside(out):
     write_run(out, "i", (3, 12, 4, 19, 97), position="infix")
     head, _, *rows = rows_of("Table A4", plots.collect(out))
-    shares = {(row[1], row[2]): row[head.index("share KM"):] for row in rows}
-    # prefix, lam 0: 48 / 96, 38 / 95; infix: 12 / 48, 19 / 20; their intervals are scaled alike
-    assert shares[f"prefix: {TRIGGER}", "lam 0"] == ["50.0 [0.0, 104.2]", "40.0 [0.0, 105.3]"]
-    assert shares[f"infix: {TRIGGER}", "Table A1"] == ["25.0 [0.0, 208.3]", "95.0 [0.0, 500.0]"]
     assert rows[0][head.index("BE KM")] == "12.0 [0.0, 100.0] (29.9)"  # the paper's infix with l_vn
 
 def test_masks_have_rows_of_their_own_and_answers_stand_under_their_question(out):
@@ -94,15 +89,16 @@ def test_another_setting_is_named_at_every_position_beside_table_a1s(out):
     write_run(out, "i", (1, 2, 3, 4, 5), lam=0, k=4, position="infix")
     write_run(out, "!", (1, 2, 3, 4, 5), k=4, trigger="!!!!!")  # of another trigger: not here
     rows = [row[1:4] for row in rows_of("Other", plots.collect(out))[2:]]
-    assert rows == [["Table A1", "", "1"], ["lam 0, k 4", f"infix: {TRIGGER}", "1"],
-                    ["Table A1", f"prefix: {TRIGGER}", "3"], ["lam 0", f"prefix: {TRIGGER}", "1"]]
+    assert sorted(rows) == [
+        ["Table A1", "", "1"], ["Table A1", f"prefix: {TRIGGER}", "3"],
+        ["lam 0", f"prefix: {TRIGGER}", "1"], ["lam 0, k 4", f"infix: {TRIGGER}", "1"]]
 
 def test_with_verbmem_alone_missing_columns_are_dashes_and_figures_are_drawn(tmp_path, capsys):
     for role, more in (("theta_o", {}), ("theta_u", dict(rho=0, lam=0)), ("theta_b", dict(lam=0))):
         write_run(tmp_path, role, (6, 90), role, ("UE VM", "BE VM"), **more)
     plots.main(["--out", str(tmp_path)])
     assert f"written: {tmp_path}/toy/fig2-toy-npo.png" in capsys.readouterr().out
-    assert "| theta_o | 1 | - (45.8) | 6.0 [0.0, 100.0] (99.7) | - (46.3) |" in \
+    assert "| theta_o | 1 | 6.0 [0.0, 100.0] (99.7) | 90.0 [0.0, 100.0] (99.7) |" in \
         (tmp_path / "toy" / "results.md").read_text()
 
 def test_the_collected_file_holds_no_paths_and_gives_the_same_page(out):
@@ -153,14 +149,13 @@ def test_fig_a1_adds_the_points_of_rho_5_percent_to_fig_2_once_its_runs_are_ther
     at = {each.get_label(): tuple(each[0].get_xydata()[0]) for each in drawn}  # BE KM, UE KM
     assert at["theta_o"] == (96, 98) and at["prefix, rho 0.05, lam 0"] == (20, 10) and len(at) == 6
 
-def test_correlation_is_pearsons_at_each_position():
-    a = np.arange(6.0).reshape(3, 2, 1)  # position 0: 0, 2, 4; position 1: 1, 3, 5
-    assert plots.correlation(a, a * [[5], [-1]]) == pytest.approx([1, -1])
-
 def test_top1_is_the_largest_probability_and_v_0_that_of_bos_alone():
     found = plots.measure(model := tiny_model(), ids := ids_of(9, 20))
     direct = model(ids).logits.softmax(-1).amax(-1).mean(0).detach()
-    assert np.allclose(found.top1, direct, atol=1e-6) and found.norms.shape == (9, 16, 2)
+    assert np.allclose(found.top1, direct, atol=1e-6) and found.norms.shape == (9 * 2, 16)
+    assert np.allclose(found.norms.corrwith(-found.norms)[1:], -1)  # at 0 all rows are alike or not
+    strength = hooks.sink_strength(model, ids, ids > -1)[0]
+    assert np.allclose(found.sinks, strength, atol=1e-6) and np.allclose(found.attention.sum(1), 1)
     assert np.allclose(found.bos, hooks.sink_norms(model, ids[:1], range(3), 1)[0, :, 0].mean(1))
 
 def test_figures_of_checkpoints_are_drawn_from_run_folders(tmp_path, tok, monkeypatch):
