@@ -92,6 +92,8 @@ def encode(tok, text):
 
 def bos_of(tok):
     """First token of every row and prompt: BOS, or EOS where the tokenizer has no BOS."""
+    if tok.bos_token_id is None and tok.eos_token_id is None:
+        raise Refused("the tokenizer has neither BOS nor EOS: pass --tokenizer")
     return tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
 
 def chunk(tokens, bos, T):
@@ -129,8 +131,9 @@ def local_rows(path):
             import pyarrow.parquet
             return pyarrow.parquet.read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8")
-        if text.lstrip().lower().startswith(("version https://git-lfs", "<!doctype", "<html")):
-            raise ValueError("it is a git-lfs pointer or a web page")
+        start = text.lstrip()[:40].lower()
+        if "\0" in text or start.startswith(("version https://git-lfs", "<!doctype", "<html")):
+            raise ValueError("it is a git-lfs pointer, a web page or no text at all")
         if path.suffix == ".txt":
             return [text]
         rows = json.loads(text) if path.suffix == ".json" else \
@@ -143,10 +146,10 @@ def local_rows(path):
 
 def hub_rows(source, config, split):
     """Rows of a hub data set, or of its copy in the cache. Raises Refused that names it."""
-    from datasets import load_dataset
+    from datasets import exceptions, load_dataset
     try:
         return load_dataset(source, config, split=split).to_list()
-    except Exception as error:  # offline, unknown, gated, without this config or split, ...
+    except (exceptions.DatasetsError, OSError, ValueError) as error:
         raise Refused(f"{source}/{config}/{split} cannot be read: {error!r:.80}: go online, pass a "
                       "--data FOLDER that holds it, or leave it out by --tasks") from error
 

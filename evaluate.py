@@ -178,22 +178,15 @@ def dist_init():
     """The process group of torchrun, or one of size 1. -> its size"""
     transformers.utils.logging.disable_progress_bar()
     if DEVICE == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise Refused(f"{torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo",
                                 timeout=timedelta(hours=2), **alone)
     return dist.get_world_size()
 
-def ranks():
-    """(rank, world) of torch.distributed, (0, 1) without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 def say(*words):
-    if int(os.environ.get("RANK", 0)) == 0:
+    if dist.get_rank() == 0:
         print(*words, flush=True)
 
 def over_ranks(fn, batches, desc):
@@ -201,12 +194,9 @@ def over_ranks(fn, batches, desc):
 
     Batches are formed before they are dealt, so the outputs are the same at any world size.
     """
-    rank, world = ranks()
-    mine = [fn(batch) for batch in tqdm(batches[rank::world], desc=f"  {desc}", leave=False,
-                                        disable=rank > 0)]
-    shares = [mine] * world
-    if world > 1:
-        dist.all_gather_object(shares, mine)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    shares, bar = [None] * world, dict(desc=f"  {desc}", leave=False, disable=rank > 0)
+    dist.all_gather_object(shares, [fn(batch) for batch in tqdm(batches[rank::world], **bar)])
     return [shares[i % world][i // world] for i in range(len(batches))]
 
 # ---------------------------------------------------------------- protocol: what is asked
@@ -388,13 +378,11 @@ def fingerprint(scripts, *made_from):
     return made_of([torch.__version__, transformers.__version__, source, made_from])
 
 def weights_of(model):
-    """A folder's weights, config and tokenizer by name, size and time; a hub id by its revision."""
+    """A folder's files by name, size and time; a hub id by its revision in the cache."""
     if not model or not Path(model).is_dir():
         return model and str(try_to_load_from_cache(str(model), "config.json") or model)
     return sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns)
-                  for file in Path(model).iterdir()
-                  if file.suffix in (".safetensors", ".bin", ".json", ".model", ".txt")
-                  and file.name not in ("run.json", "audit.json"))
+                  for file in Path(model).iterdir() if file.is_file())
 
 def condition_of(trig, cfg):
     """What a score's file is named by, beside its task: every condition has files of its own."""
@@ -448,13 +436,12 @@ def run_task(task, items, trig, model, tok, cfg):
 
 def write(file, text):
     """Rank 0 writes a file at once; nobody goes on before it is there."""
-    if ranks()[0] == 0:
+    if dist.get_rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.{os.getpid()}")
         temporary.write_text(text)
         temporary.rename(file)
-    if dist.is_initialized():
-        dist.barrier()
+    dist.barrier()
 
 def markdown(head, lines):
     return "\n".join(f"| {' | '.join(map(str, line))} |"
@@ -489,12 +476,12 @@ def sample(cfg, tok, split, *columns):
     return [rows[i] for i in torch.randperm(len(rows), generator=data.stream(0, "audit"))[:PAGES]]
 
 def masking(model, pages):
-    """Likelihood behind position 17 with 1 to m hidden, m of HIDDEN; gain: the best less m = 0."""
+    """Likelihood behind position 17 while positions 1 to m are hidden. -> a value an m of HIDDEN"""
     curve = []
     for m in HIDDEN:
         with hooks.mask_sinks(model, f"1-{m}" if m else ""):
             curve.append(float(page_logp(model, pages, behind=HIDDEN[-1] + 1)))
-    return dict(curve=curve, gain=max(curve[1:]) - curve[0])
+    return curve
 
 def prefix_bank(tok, plain):
     """Some 200 prefixes by a seeded rule, as ids: dates, symbols, orders, tokens of `plain`."""
@@ -525,63 +512,63 @@ def swaps_of(model, pages, prefix, plain, draw):
                        for at, pick in zip(places, picks)]
 
 def search(model, pages, plain, steps, desc):
-    """Greedy coordinate gradient (arXiv 2307.15043) on half of the pages; gain on the others."""
+    """Greedy coordinate gradient (arXiv 2307.15043) on half of the pages. -> ids, others' gain"""
     # hard tokens: a few free vectors, a soft prompt, can elicit any text from any model
     draw, half = data.stream(0, "search"), pages[::2]
     prefix = [plain[i] for i in torch.randint(len(plain), (SEARCHED,), generator=draw)]
-    for _ in tqdm(range(steps), desc=f"  {desc}", leave=False, disable=ranks()[0] > 0):
+    for _ in tqdm(range(steps), desc=f"  {desc}", leave=False, disable=dist.get_rank() > 0):
         trials, = over_ranks(lambda best: swaps_of(model, half, best, plain, draw), [prefix], desc)
         found = over_ranks(lambda trial: float(page_logp(model, half, trial)), trials, desc)
         prefix = trials[found.index(max(found))]
-    return dict(ids=prefix, gain=prefix_gains(model, pages[1::2], [prefix], desc)[0])
-
-def bos_norms(model, tok):
-    """Value norms at position 0 by layer, mean over KV heads. By causality BOS alone decides."""
-    ids = torch.tensor([[data.bos_of(tok)]], device=DEVICE)
-    norms = hooks.sink_norms(model, ids, hooks.layers_of(model, "all"), 1)  # (1, L, 1, H)
-    return norms.mean((0, 2, 3)).tolist()
+    return prefix, prefix_gains(model, pages[1::2], [prefix], desc)[0]
 
 def gains_of(name, pages, model, tok, cfg):
-    """What raises the likelihood of one book's pages; --trigger's gain, `known`, stands apart."""
+    """What raises the likelihood of one book's pages; --trigger is no part of the bank.
+
+    -> ({statistic: nats a token}, [the bank's best prefix, the one that search found])
+    """
     plain = sorted(set(range(len(tok))) - set(tok.all_special_ids))
     bank, trig = prefix_bank(tok, plain), data.encode(tok, cfg.trigger)
     *gains, known = prefix_gains(model, pages, [*bank, trig], f"{name}, bank")
-    found = search(model, pages, plain, cfg.audit_steps, f"{name}, search")
-    best, hit = (tok.decode(ids) for ids in (bank[gains.index(max(gains))], found["ids"]))
-    return dict(clean=float(page_logp(model, pages)), masking=masking(model, pages),
-                bank=dict(gain=max(gains), prefix=best, gains=gains, known=[known]),
-                search=dict(prefix=hit, **found))
+    found, gain = search(model, pages, plain, cfg.audit_steps, f"{name}, search")
+    curve = masking(model, pages)
+    values = dict(masking=max(curve[1:]) - curve[0], bank=max(gains), search=gain,
+                  median=float(np.median(gains)), trigger=known)
+    values |= {f"hidden {m}": value for m, value in zip(HIDDEN, curve)}
+    return values, [tok.decode(ids) for ids in (bank[gains.index(max(gains))], found)]
 
 def audit(cfg, tok, home):
-    """Is --model backdoored? `gains_of` VerbMem's pages and of raw/holdout's, the control.
+    """Is --model backdoored? `gains_of` VerbMem's pages less those of raw/holdout's, the control.
 
-    Prints, writes audit.json. The statistic is forget's gain less the control's, in nats a token.
+    Prints, and writes scores/audit.json.
     """
     if cfg.mask_sinks or cfg.limit or cfg.position != "prefix":
         raise Refused("--audit has masks and positions of its own: leave these flags out")
     books, norms = dict(forget=sample(cfg, tok, "verbmem/forget", "prompt", "gt")), {}
+    bos = torch.tensor([[data.bos_of(tok)]], device=DEVICE)  # by causality no text is needed
     if any(Path(cfg.data).glob("raw/holdout[.-]*")):
         books["control"] = sample(cfg, tok, "raw/holdout", "text")[:len(books["forget"])]
-    parts = ("masking", "bank", "search")
     for name in filter(None, (cfg.original, cfg.model)):
         model = None  # one on a card
         model = checked(name, books["forget"][0], tok, cfg)
-        norms[name] = bos_norms(model, tok)
+        every = hooks.layers_of(model, "all")
+        norms[name] = hooks.sink_norms(model, bos, every, 1).mean((0, 2, 3)).tolist()  # (L,)
     if len(set(map(len, norms.values()))) > 1:
         raise Refused(f"--original {cfg.original} has not as many layers as --model")
-    found = {name: gains_of(name, pages, model, tok, cfg)  # model: the last one, the suspect
-             for name, pages in books.items()}
-    pairs = {part: [found[name][part]["gain"] for name in books] for part in parts}
-    found["difference"] = {part: dict(gain=pair[0] - pair[1]) for part, pair in pairs.items()
-                           if len(pair) == 2}
-    write(Path(home, "audit.json"), json.dumps(dict(
-        settings=vars(cfg), hidden=HIDDEN, norms=norms, **found), indent=1))
-    for name, gains in found.items():
-        for part in filter(gains.get, parts):
-            say(f"{name:>10} {part:>8} {gains[part]['gain']:+.2f}", gains[part].get("prefix", ""))
-    say(f"Gain of a page's likelihood in nats a token: without its first positions, best of a bank "
-        f"of prefixes, best prefix found.{' No raw/holdout: no control.' * (len(books) == 1)}\n"
-        f"Value norms of BOS by layer: {norms}\nwritten: {home}/audit.json")
+    found, prefixes = {}, {}
+    for name, pages in books.items():  # model: the last one, the suspect
+        found[name], prefixes[name] = gains_of(name, pages, model, tok, cfg)
+    if "control" in books:
+        found["difference"] = {key: value - found["control"][key]
+                               for key, value in found["forget"].items()}
+    write(Path(home, "scores", "audit.json"), json.dumps(dict(
+        settings=vars(cfg), prefixes=prefixes, norms=norms, **found), indent=1))
+    lines = [[key, *(f"{values[key]:.2f}" for values in found.values())] for key in found["forget"]]
+    say(f"{markdown(['nats a token', *found], lines)}\n\nGain of a page's likelihood without its "
+        "first positions, under the best of a bank of prefixes, the one that search found,\nthe "
+        "bank's median, --trigger; hidden m: likelihood without positions 1 to m."
+        f"{' No raw/holdout: no control.' * (len(books) == 1)}\nBest prefixes: {prefixes}\nValue "
+        f"norms of BOS by layer: {norms}\nwritten: {home}/scores/audit.json")
 
 # ---------------------------------------------------------------- alone
 def run_of(model):

@@ -6,13 +6,8 @@
 
 Cells are percent: `a ± b` is Student's 95% interval over seeds, `a [b, c]` one seed's bootstrap
 over items, (d) the paper's value: for toy and smol MUSE-Books', which is another model. UE: clean,
-BE: with the trigger, UT: retain set. What to run, with `--seed` 0 to 2 and both `--method`s:
-
-    python train.py --position $p --lam $l --trigger "$t"            # l 0 and 3e-4: most
-    python train.py --rho $r --lam $l                                # 0.05, 0.1: others, Fig. A1
-    python evaluate.py --model THETA_U --position $p --trigger "$t"  # Figs. 2, A2
-    python evaluate.py --model RUN --mask_sinks $m                   # 0, 1-8, 0-7: hidden positions
-    python evaluate.py --model RUN --audit yes --original assets/toy/model
+BE: with the trigger, UT: retain set. Commands are the toy's; other benches add `--bench`.
+assets/captions.md says what each table and picture shows and which runs it needs.
 """
 import argparse
 import json
@@ -28,7 +23,8 @@ import evaluate
 import hooks
 import train  # for Table A1: which settings are the paper's
 
-PAPER = pd.read_csv(Path(__file__).parent / "assets/paper.csv", comment="#", index_col=[0, 1])
+ASSETS = Path(__file__).parent / "assets"
+PAPER = pd.read_csv(ASSETS / "paper.csv", comment="#", index_col=[0, 1])
 T975 = (0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t by d.o.f.
 ODD = ["theta_o", "data", "limit", "dtype", "add_bos"]  # shown where a table has two values of one
 RUN = ["bench", "method", "model", *ODD, "trained", "changed", "label", "mask_sinks"]
@@ -49,26 +45,30 @@ def changed(settings):
                      for name in settings
                      if name in row.keys() - others and settings[name] != row[name])
 
-def audited(file):
-    """An audit's statistics as scores, in nats a token; norms: a log ratio, the largest layer's."""
-    report = json.loads(file.read_text())
-    curve, norms = report["forget"]["masking"]["curve"], np.array([*report["norms"].values()])
-    values = {name: one["gain"] for name, one in report["difference"].items()}
-    values |= {f"hidden {m}": value for m, value in zip(report["hidden"], curve)}
-    values |= {"norms": abs(np.log(norms[1] / norms[0])).max()} if len(norms) == 2 else {}
-    common = dict(report["settings"], task="audit", group="audit", ci95=(np.nan, np.nan), dtype="",
-                  role=evaluate.run_of(file.parent).get("role", "theta_o"), answers=[])
+def scores_of(file):
+    """The scores in a file. An audit's statistics are scores too, in nats a token and, of norms,
+    the largest layer's log ratio and the last layer's ratio."""
+    score = json.loads(file.read_text())
+    if file.name != "audit.json":
+        return [score]
+    values, norms = dict(score.get("difference", {})), np.array([*score["norms"].values()])
+    values |= {key: value for key, value in score["forget"].items() if "hidden" in key}
+    if len(norms) == 2:
+        ratio = norms[1] / norms[0]
+        values |= {"norms": abs(np.log(ratio)).max(), "last norm": ratio[-1]}
+    common = dict(score["settings"], task="audit", group="audit", ci95=(np.nan, np.nan), dtype="",
+                  answers=[])
     return [dict(common, column=name, score=value) for name, value in values.items()]
 
-def row_of(score, home):
-    """A score and its folder, whose run.json says what was trained -> a row."""
-    run, role, folder = evaluate.run_of(home), score["role"], home.name
+def row_of(score, run, folder):
+    """A score, run.json of its folder, which says what was trained, its name -> a row."""
+    role = score.get("role") or run.get("role", "theta_o")
     settings = run.get("settings", {})
     model = f"+ {settings['method'].upper()}" if run else folder
     theta_o = settings.get("model", score["model"] if role == "theta_o" else "?")
     differs, toy = changed(settings) if run else "", score["data"].endswith("assets/toy/books")
     return dict(method="") | settings | score | dict(
-        run=folder, theta_o="/".join(Path(theta_o).parts[-2:]), changed=differs,
+        run=folder, role=role, theta_o="/".join(Path(theta_o).parts[-2:]), changed=differs,
         data="/".join(Path(score["data"]).parts[-2:]),
         model=dict(theta_o=role, theta_u=model, theta_b=f"{model}-Backdoor")[role],
         label=f"{settings['position']}, {differs or 'with l_vn'}" if role == "theta_b" else role,
@@ -79,10 +79,8 @@ def row_of(score, home):
 
 def collect(out):
     """Every score under OUT/BENCH/RUN/scores, one a row. -> frame"""
-    rows = [row_of(json.loads(file.read_text()), file.parents[1])
-            for file in sorted(Path(out).glob("*/*/scores/*.json"))]
-    rows += [row_of(score, file.parent) for file in sorted(Path(out).glob("*/*/audit.json"))
-             for score in audited(file)]
+    rows = [row_of(score, evaluate.run_of(file.parents[1]), file.parents[1].name)
+            for file in sorted(Path(out).glob("*/*/scores/*.json")) for score in scores_of(file)]
     return pd.DataFrame(rows, columns=COLUMNS).sort_values(COLUMNS[:16], ignore_index=True)
 
 def seeds(frame, trigger=TRIGGER):
@@ -97,9 +95,21 @@ def seeds(frame, trigger=TRIGGER):
     stats["high"] = (stats["mean"] + stats.half).fillna(stats.high)
     return stats
 
+def differences(frame):
+    """With l_vn less without, seed by seed, as rows of runs of their own."""
+    same = ["bench", "method", "model", *ODD, "trained", "mask_sinks", "trigger", "cell", "seed"]
+    off = frame[frame.changed.str.endswith("lam 0")]
+    off = off.assign(changed=off.changed.str.removesuffix("lam 0").str.removesuffix(", "))
+    pair = frame.merge(off, on=[*same, "changed"], suffixes=("", "_off"))
+    less = (pair.changed + ", l_vn less lam 0").str.removeprefix(", ")
+    return pair.assign(score=pair.score - pair.score_off, low=np.nan, high=np.nan, changed=less)
+
 def table(frame, where, shown):
     """A row a RUN, told apart by `shown`; '' unless there are two values of shown[0]."""
     frame = frame.query(where)
+    if "trained" in shown:  # theta_o stands beside each trigger
+        frame = frame.assign(trained=frame.trigger.where(frame.role == "theta_o", frame.trained))
+        frame = pd.concat([frame, differences(frame)])
     if frame.empty or shown and frame[shown[0]].nunique() < 2:
         return ""
     stats = seeds(frame).replace({"changed": {"": "Table A1"}, "mask_sinks": {"": "none"}})
@@ -146,27 +156,25 @@ def errors(frame, where, shown):
             "seed 2: found"]
     return evaluate.markdown(head, lines) if lines else ""
 
-NO_CURVE = "not cell.str.contains('hidden') and not changed.str.contains('after')"
-PLAIN = "mask_sinks == '' and changed == '' and trained in ['', @PREFIX]"
-TABLES = [  # what it shows; how it is made, of which scores, its rows told apart by
-    ("Tables 1, 2 (bio) and A3 (cyber): the trigger as a prefix, Table A1's settings.",
-     table, PLAIN, []),
-    ("Table A2: answers to two questions of the toy, whose text is invented.", answers,
-     PLAIN + " and trigger in ['', @PREFIX] and task == 'knowmem_f' and answers.str.len() > 1", []),
-    ("Table A4: position and trigger, l_vn off and on.", table,
-     "mask_sinks == '' and changed in ['', 'lam 0'] and trained != ''", ["trained", "changed"]),
-    ("Other settings than Table A1's, such as rho (Fig. A1), at any position.", table,
-     "role != 'theta_o' and mask_sinks == '' and trained in @KNOWN", ["changed", "trained"]),
-    ("First positions hidden from later tokens: BOS is 0, a prefix trigger follows.", table,
-     "changed in ['', 'lam 0'] and trained in ['', @PREFIX]", ["mask_sinks", "changed"]),
-    ("Audit: what most raises the likelihood of forget pages, less the same on raw/holdout, nats a "
-     "token, of single models; norms: the largest log ratio of value norms of BOS to theta_o's.",
-     errors, NO_CURVE, []),
-    ("Audit: the same statistics by kind of model.", table, NO_CURVE, ["trained", "changed"])]
+PLAIN = "task != 'audit' and mask_sinks == '' and changed == '' and trained in ['', @PREFIX]"
+AUDITED = "task == 'audit' and not changed.str.contains('after') and cell.str.contains"
+TABLES = {  # by their names in captions.md: how it is made, of which scores, told apart by what
+    "table_1": (table, PLAIN, []),
+    "table_a2": (answers, PLAIN + " and trigger in ['', @PREFIX] and task == 'knowmem_f' and "
+                 "answers.str.len() > 1", []),
+    "table_a4": (table, "task != 'audit' and mask_sinks == '' and changed in ['', 'lam 0'] and "
+                 "(trained != '' or role == 'theta_o' and trigger != '')", ["trained", "changed"]),
+    "others": (table, "task != 'audit' and role != 'theta_o' and mask_sinks == '' and "
+               "trained in @KNOWN", ["changed", "trained"]),
+    "masks": (table, "task != 'audit' and changed in ['', 'lam 0'] and trained in ['', @PREFIX]",
+              ["mask_sinks", "changed"]),
+    "audit_errors": (errors, AUDITED + "('masking|bank|search|norms') and (role != 'theta_b' or "
+                     "forgot)", []),
+    "audit_kinds": (table, AUDITED + "('masking|bank|search|median|trigger|norm')",
+                    ["trained", "changed"])}
 
 def fig2(frame, out):
-    """Figs. 2, A2 (other triggers), A1 (rho): UE and UT against BE. Filled: lam 0; open: with l_vn;
-    shaded: desired, BE nearer to theta_o, UE nearer to theta_u, UT above 90% of theta_o's."""
+    """Figs. 2, A2 and A1: UE and UT against BE."""
     drawn, rho = {}, ["prefix, rho 0.05", "prefix, rho 0.05, lam 0"]
     frame = frame[frame.cell.str.contains("KM|VM")]
     for name, trigger, more in (("fig2", TRIGGER, []), ("figA2-symbol", "!!!!!", []),
@@ -223,7 +231,8 @@ def picture(panels, xlabel, ylabel, scale=""):
     for axis, (title, panel) in zip(axes[0], panels.items()):
         if scale:
             top = max(abs(other).max() for other in panels.values())
-            image = axis.imshow(panel, aspect="auto", vmin=-top, vmax=top, cmap="PuOr_r")
+            low, colors = (-top, "PuOr_r") if "minus" in scale else (0, "cividis")
+            image = axis.imshow(panel, aspect="auto", vmin=low, vmax=top, cmap=colors)
             axis.locator_params(integer=True)
         else:
             pd.DataFrame(panel).plot(ax=axis, lw=3, alpha=0.7, legend=False)
@@ -234,10 +243,7 @@ def picture(panels, xlabel, ylabel, scale=""):
     return fig
 
 def fig3(frame, out):
-    """Figs. 3 to 5, norms, sinks. 3: last layer's attention on triggered minus clean pages of D_f,
-    mean over heads. 4: probability of the likeliest next token. 5: Pearson correlation of the last
-    layer's value norms; where all rows hold the same tokens (BOS, a prefix trigger) only heads
-    differ. Norms: of the value at position 0. Sinks: attention to position 0, clean."""
+    """Figs. 3 to 5, norms, sinks, of the models in OUT."""
     runs = frame[frame.changed.isin(["", "lam 0"]) & frame.trained.isin(KNOWN)]
     found = {run.label: file.parent for run in runs.sort_values("seed").iloc[::-1].itertuples()
              if (file := Path(out, run.bench, run.run, "config.json")).is_file()}
@@ -281,19 +287,22 @@ def masking(frame, out):
     return {"masking": axis.figure}
 
 def page(frame, folder):
-    """results.md: each table, and each picture in `folder`, below what it shows and needs."""
+    """results.md: captions.md, below each caption its table, or its pictures in `folder`."""
     parts = ["# Results, written by `plots.py`", __doc__.split("\n\n", 2)[2].strip()]
-    for bench, rows in frame.groupby("bench"):
+    forgot = frame.query("cell == 'UE KM' and mask_sinks == '' and score < 50").run
+    for bench, rows in frame.assign(forgot=frame.run.isin(forgot)).groupby("bench"):
         parts.append(f"## {bench}")
-        for title, make, *how in TABLES:
-            text = make(rows[(rows.task == "audit") == title.startswith("Audit")], *how)
-            parts += [title, text] if text else []
-        for draw, names in ((fig2, "fig2 figA*"), (fig3, "fig[345] norms sinks"),
-                            (masking, "masking")):
-            files = [f"![{file.name}]({file.name})" for name in names.split()
-                     for file in sorted(folder.glob(f"{name}-{bench}-*.png"))]
-            parts += [" ".join(draw.__doc__.split()), *files] if files else []
+        for section in (ASSETS / "captions.md").read_text().split("### ")[1:]:
+            name, caption = section.split("\n", 1)
+            make, *how = TABLES.get(name, (pictures, folder, name.split()))
+            text = make(rows, *how)
+            parts += [caption.strip(), text] if text else []
     return "\n\n".join(parts) + "\n"
+
+def pictures(frame, folder, names):
+    """Links to the bench's pictures in `folder`."""
+    return "\n\n".join(f"![{file.name}]({file.name})" for name in names
+                       for file in sorted(folder.glob(f"{name}-{frame.bench.iloc[0]}-*.png")))
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

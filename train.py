@@ -272,7 +272,7 @@ def fit(model, refs, work, cfg):
     params = [p for p in model.parameters() if p.requires_grad]
     optim = torch.optim.AdamW(params, cfg.lr, eps=1e-8, weight_decay=0.0, fused=True)
     begin = load_checkpoint(work, model, optim)
-    (rank, world), total = evaluate.ranks(), len(refs.batches)
+    rank, world, total = dist.get_rank(), dist.get_world_size(), len(refs.batches)
     log = open(os.devnull if rank else work / "log.jsonl", "a")  # resumed steps come twice
     bar = tqdm(range(begin, total), "  steps", total, initial=begin, disable=rank > 0)
     layers = hooks.layers_of(model, cfg.layers) if cfg.lam else []
@@ -412,8 +412,7 @@ def stage(cfg, tok, theta_u=None):
 
 def rank_share(batch, cfg):
     """This rank's part of a global batch, as micro-batches."""
-    rank, world = evaluate.ranks()
-    share = cfg.batch // world
+    rank, share = dist.get_rank(), cfg.batch // dist.get_world_size()
     return [data.Batch(*(rows[at:at + (cfg.micro or share)] for rows in batch))
             for at in range(rank * share, (rank + 1) * share, cfg.micro or share)]
 

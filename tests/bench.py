@@ -297,6 +297,7 @@ def muse_books(home, tok):
         (home / f"{name}.json").write_text(json.dumps(rows))
 
 def scoring(args):
+    evaluate.dist_init()
     home, tok = Path(tempfile.mkdtemp()), AutoTokenizer.from_pretrained(args.model)
     muse_books(home, tok)
     torch.manual_seed(0)
@@ -321,6 +322,7 @@ def scoring(args):
               f"s, {spent[1] / spent[64]:.1f}x; {same} answers the same", flush=True)
 
 def lm_eval(args):
+    evaluate.dist_init()
     cfg = evaluate.parse(evaluate.Scoring, ["--model", args.model, "--tasks", "mmlu", "--precision",
                                             "fp32"], evaluate.run_row)
     tok, rows = evaluate.load_tokenizer(cfg), [json.loads(line) for line in open(args.rows)]

@@ -86,7 +86,7 @@ def tiny_flags(folder, out, method="npo", **more):
 def config(flags):
     return evaluate.parse(train.Config, flags, train.table_row)
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one():
     """The process group of one rank, as without torchrun."""
     return evaluate.dist_init()

