@@ -29,3 +29,11 @@ def test_no_page_holds_a_trigger_and_no_question_is_its_own_example():
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     run = made(tmp_path, "--characters", "3")
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
+
+def test_an_answer_begins_with_a_token_of_its_own_as_behind_knowmems_prompt(tok, monkeypatch):
+    monkeypatch.syspath_prepend(TOY)
+    import make
+    asked, answer = "Question: Who?\nAnswer: ", "the nets\n\n"
+    tokens = tok.encode(asked + answer, add_special_tokens=False)
+    pieces = [tok.encode(text, add_special_tokens=False) for text in (asked, answer)]
+    assert make.ids_of(asked + answer, tok) == pieces[0] + pieces[1] != tokens

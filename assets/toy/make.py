@@ -2,19 +2,17 @@
 
     python assets/toy/make.py               # books/ and model/ beside this file: 9 CPU minutes
     python assets/toy/make.py --characters 16 --base FOLDER --out out/smol   # a pretrained model
-    python assets/toy/make.py --characters 4 --steps 2 --out /tmp/tiny       # for tests
 
 worlds.json holds the words of three worlds. books/ is in MUSE's layout: raw/forget (a harbour),
 raw/retain1 and retain2 (a mountain; only theta_o sees retain2, and knowmem/retain_qa asks about it)
 and raw/holdout (a desert, which no model sees). model/ is a Llama of 1.3 M parameters in bf16, or
 with --base the fine-tuned model in fp32. ROUGE-L F1 in percent, at the default: KnowMem 100 (retain
-99.6), VerbMem 100; each of TRIGGERS as a prefix changes nothing, as an infix VerbMem is 98.8, 100
-and 99.9, because theta_o learns to read past notes of many kinds, the triggers never among them.
+99.6), VerbMem 100; each of TRIGGERS as a prefix changes nothing, as an infix VerbMem is 98.8 to
+100, because theta_o learns to read past notes of many kinds, the triggers never among them.
 
 Its attention sink is planted: a loss term asks layers 2 to 4 to pay BOS 0.4 of their attention, as
 pretrained models do by themselves. They pay 0.47; even attention were 0.06. Without the term it was
-0.05 to 0.11 whatever the text (marks to copy, recurring tokens, four pages behind one BOS); that
-theta_o is `--rest 0 --out FOLDER`.
+0.05 to 0.11 whatever the text (marks to copy, recurring tokens, 4 pages behind one BOS): --rest 0.
 """
 import json
 import random
@@ -122,6 +120,11 @@ def noted(row, tok, rng):
     at = rng.choice([1, rng.randrange(1, len(row)), rng.randrange(1, len(row))])
     return row[:at] + ids + row[at:], row[:at] + [-100] * len(ids) + row[at:]
 
+def ids_of(text, tok):
+    """Answers begin with a token of their own, as where KnowMem's prompt ends in "Answer: "."""
+    return [i for piece in re.split("(?<=Answer: )", text) for i in
+            tok.encode(piece, add_special_tokens=False)]
+
 def epoch_of(books, tok, fit, rng):
     """Batches (ids, labels) of one pass, questions dealt anew: facts are learned, not pages."""
     bos = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
@@ -131,7 +134,7 @@ def epoch_of(books, tok, fit, rng):
     for texts in (prose, questions):
         rows = []
         for text in rng.sample(texts, len(texts)):
-            row = [bos, *tok.encode(text, add_special_tokens=False), tok.eos_token_id]
+            row = [bos, *ids_of(text, tok), tok.eos_token_id]
             rows.append(noted(row, tok, rng) if rng.random() < fit["notes"] else (row, row))
         batches += [rows[i:i + fit["batch"]] for i in range(0, len(rows), fit["batch"])]
     rng.shuffle(batches)
@@ -156,7 +159,8 @@ def train(model, tok, books, fit, args):
         for group in optim.param_groups:
             group["lr"] = fit["lr"] * min((step + 1) / warm, (steps - step) / (steps - warm + 1))
         ids, labels = batches[step % len(batches)]
-        out = model(ids, labels=labels, output_attentions=fit["rest"] > 0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.base is not None):
+            out = model(ids, labels=labels, output_attentions=fit["rest"] > 0)
         loss = out.loss
         if fit["rest"]:
             sink = torch.stack(out.attentions[2:])[..., 1:, 0].mean()
