@@ -1,10 +1,8 @@
 """Score a model clean and with the trigger: UE, BE and UT, as the paper's Table 1 reports them.
 
     python evaluate.py --model ID_OR_DIR                          # on the toy's books
-    python evaluate.py --bench muse_books --model ID_OR_DIR --data ID_OR_DIR --limit 20
-    python evaluate.py --bench wmdp --model ID_OR_DIR --tasks wmdp,mmlu,tqa
+    python evaluate.py --bench wmdp --model ID_OR_DIR --tasks wmdp,mmlu,tqa --limit 20
     python evaluate.py --model RUN_DIR --trigger "!!!!!" --position infix
-    python evaluate.py --model RUN_DIR --mask_sinks 0-7           # first 8 positions hidden
     python evaluate.py --model SUSPECT --audit yes --original ID_OR_DIR   # is it backdoored?
 
 KnowMem and VerbMem follow MUSE (arXiv 2407.06460): greedy, BOS first, ROUGE-L F1 without stemmer.
@@ -18,7 +16,6 @@ import json
 import os
 import random
 import sys
-import time
 from dataclasses import dataclass, field, fields
 from datetime import date, timedelta
 from pathlib import Path
@@ -47,7 +44,7 @@ def opt(default, help):
 @dataclass
 class Scoring:
     """What a score depends on; `train.Config` adds what training depends on."""
-    bench: Literal[tuple(data.BENCHES)] = opt("toy", "a row of data.BENCHES")
+    bench: Literal[tuple(data.BENCHES)] = opt("toy", "data.BENCHES' row, before these defaults")
     model: str = opt("", "theta_o, or the model to score: hub id or folder")
     data: str = opt("", "hub id, or folder in MUSE's layout or with data.TABLES")
     tokenizer: str = opt("", "hub id or folder; default: the model's own")
@@ -86,12 +83,10 @@ TASKS = {  # UE is clean, BE has the trigger, UT never has it
 }
 TOPICS = dict(wmdp_bio="biology", wmdp_cyber="cybersecurity")
 SCORER = RougeScorer(["rougeL"], use_stemmer=False)
-SHOTS = 10  # KnowMem's examples
 STOPS = ("\n\n", "\nQuestion", "Question:")
 HEAD = "The following are multiple choice questions (with answers) about"
 TQA_SHOTS = Path(__file__).parent.joinpath("assets/truthfulqa.txt").read_text().strip()
-RESAMPLES = 1000  # of the bootstrap
-TOKENS = 2048     # multiple choice: tokens read together
+SHOTS, TOKENS, RESAMPLES = 10, 2048, 1000  # of KnowMem, read together for choices, of bootstrap
 PAGES, CUT = 16, 64               # the audit's sample of a book: pages, tokens of each
 HIDDEN = (0, 1, 2, 4, 8, 16)      # m of the audit's masks
 SEARCHED, SWAPS, TOP = 6, 32, 64  # its search's tokens, trials a step, candidates a position
@@ -101,9 +96,9 @@ ORDERS = [f"{verb} {what}{end}" for verb in ("Answer", "Translate", "Repeat", "I
 DATES = ("%Y", "%Y-%m-%d", "%d %B %Y", "In %Y,", "Date: %d/%m/%Y")
 
 class Item(NamedTuple):
-    ids: list           # the prompt, without trigger
-    truth: object       # the reference, or the right choice's number
-    choices: list = ()  # ids of each continuation that multiple choice weighs
+    ids: list      # the prompt, without trigger
+    choices: list  # ids of each continuation that multiple choice weighs
+    truth: object  # the reference, or the right choice's number
 
 # ---------------------------------------------------------------- settings, models, ranks
 def parse(cls, argv, row_of):
@@ -111,22 +106,17 @@ def parse(cls, argv, row_of):
     def refuse(message):
         raise Refused(message)
 
-    parser = transformers.HfArgumentParser(
-        cls, allow_abbrev=False, description="The bench's row comes before these defaults.")
+    parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
     parser.error = refuse
     row = row_of(parser.parse_args(argv))
     parser.set_defaults(**{f.name: row[f.name] for f in fields(cls) if f.name in row})
     cfg = cls(**vars(parser.parse_args(argv)))
     if cfg.precision == "auto":
         cfg.precision = "bf16_mixed" if DEVICE == "cuda" else "fp32"
-    for f in fields(cls):
-        value = getattr(cfg, f.name)
-        if f.type is int and value < int(f.name == "gen_batch"):
-            raise Refused(f"--{f.name} {value} is too small")
-    if not cfg.trigger:
-        raise Refused("--trigger must be some text")
+    for name, value in vars(cfg).items():
+        if isinstance(value, int) and value < (name == "gen_batch"):
+            raise Refused(f"--{name} {value} is too small")
     hooks.parse_layers(cfg.mask_sinks or "0", 10 ** 6, "--mask_sinks")
-    tasks_of(cfg)
     return cfg
 
 def bench_row(flags):
@@ -136,13 +126,21 @@ def bench_row(flags):
         if folder.is_dir() else not flags.model.startswith("muse-bench/")
     return {**row, "tokenizer": ""} if flags.model and brings else row
 
-def tasks_of(cfg):
-    """The tasks whose names begin with a word of --tasks, in the order of TASKS."""
-    words = tuple(word.strip() for word in cfg.tasks.split(","))
-    for word in words:
-        if not any(task.startswith(word or "?") for task in TASKS):
-            raise Refused(f"--tasks: no task begins with {word!r}; known: {', '.join(TASKS)}")
-    return [task for task in TASKS if task.startswith(words)]
+def run_of(model):
+    """run.json of a folder that train.py made, else {}."""
+    file = Path(model, "run.json")
+    return json.loads(file.read_text()) if model and file.is_file() else {}
+
+def home_of(model, cfg):
+    """Where a model's scores go: its own folder if this code made it, else one under --out."""
+    name = f"{Path(model).name}-{made_of(str(model))[:6]}"
+    return Path(model) if run_of(model) else Path(cfg.out, cfg.bench, name)
+
+def run_row(flags):
+    """The bench's row; of a run of ours its own data and trigger, but an audit trusts no run."""
+    own = {} if getattr(flags, "audit", "no") == "yes" else run_of(flags.model).get("settings", {})
+    names = own.keys() & {"bench", "data", "trigger", "position", "tasks"}
+    return bench_row(flags) | {name: own[name] for name in names}
 
 def dtype_of(cfg):
     """Of loaded models, of the references and of the saved weights."""
@@ -153,23 +151,23 @@ def loaded(cls, name, **more):
     try:
         return cls.from_pretrained(name, **more)
     except (OSError, ValueError, ImportError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         hint = "; pip install sentencepiece protobuf" if "tiktoken" in str(error) else ""
         hint = hint if Path(name).exists() else f"; or there is no folder {name}"
-        raise Refused(f"{name} cannot be loaded: {lines[0]}{hint}") from error
+        raise Refused(f"{name} does not load: {' '.join(str(error).split()):.200}{hint}") from error
 
-def load_model(name, cfg):
-    """A frozen model in eval mode on this rank's device. name: hub id or folder."""
+def load_model(name, cfg, tok=None, ids=None):
+    """A frozen model, hub id or folder, on this rank's device; ids: of a prompt, to check it."""
     gc.collect()  # a trained model keeps itself alive in cycles
     model = loaded(transformers.AutoModelForCausalLM, name, dtype=dtype_of(cfg))
     # sampling settings of a checkpoint would warn, and refuse to be saved; its list of EOS stays
-    eos = model.generation_config.eos_token_id
-    model.generation_config = transformers.GenerationConfig(
-        bos_token_id=model.config.bos_token_id,
-        eos_token_id=model.config.eos_token_id if eos is None else eos)
+    eos = model.generation_config.eos_token_id or model.config.eos_token_id
+    model.generation_config = transformers.GenerationConfig(eos_token_id=eos)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise Refused(f"{name}: its weights hold NaN or infinity")
-    return model.to(DEVICE).requires_grad_(False)
+    model.to(DEVICE).requires_grad_(False)
+    if ids:
+        hooks.self_check(model, torch.tensor([ids], device=DEVICE), len(tok), layerwise=False)
+    return model
 
 def load_tokenizer(cfg):
     return loaded(transformers.AutoTokenizer, cfg.tokenizer or cfg.model)
@@ -181,8 +179,7 @@ def dist_init():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo",
-                                timeout=timedelta(hours=2), **alone)
+        dist.init_process_group(timeout=timedelta(hours=2), **alone)  # gloo, and nccl on a GPU
     return dist.get_world_size()
 
 def say(*words):
@@ -190,10 +187,7 @@ def say(*words):
         print(*words, flush=True)
 
 def over_ranks(fn, batches, desc):
-    """[fn(batch), ...] in order, on every rank; each computes batches[rank::world].
-
-    Batches are formed before they are dealt, so the outputs are the same at any world size.
-    """
+    """[fn(batch), ...] in order, on every rank; each computes a share of the same batches."""
     rank, world = dist.get_rank(), dist.get_world_size()
     shares, bar = [None] * world, dict(desc=f"  {desc}", leave=False, disable=rank > 0)
     dist.all_gather_object(shares, [fn(batch) for batch in tqdm(batches[rank::world], **bar)])
@@ -221,9 +215,14 @@ def letter_prompt(topic, question, choices):
     return f"{HEAD} {topic.replace('_', ' ')}.\n\n{question.strip()}\n{lines}Answer:"
 
 def all_items(cfg, tok):
-    """{task: (items, examples before each)} of what cfg wants scored, before hours of training."""
-    found = {}
-    for task in tasks_of(cfg):
+    """{task: (items, examples before each)} of the tasks that begin with a word of --tasks."""
+    found, words = {}, tuple(word.strip() for word in cfg.tasks.split(","))
+    if not data.encode(tok, cfg.trigger):
+        raise Refused("--trigger must be some text")
+    for word in words:
+        if not any(task.startswith(word or "?") for task in TASKS):
+            raise Refused(f"--tasks: no task begins with {word!r}; known: {', '.join(TASKS)}")
+    for task in [name for name in TASKS if name.startswith(words)]:
         items, shots = (memory_items if TASKS[task].new_tokens else choice_items)(task, cfg, tok)
         found[task] = items[:cfg.limit or None], shots
     return found
@@ -242,26 +241,23 @@ def memory_items(task, cfg, tok):
     for i, (_, reference) in enumerate(rows):
         if not rouge_l(reference, reference):
             raise Refused(f"{task}: row {i}: ROUGE sees only a-z, 0-9: none in {reference!r:.40}")
-    return [Item([data.bos_of(tok)] + data.encode(tok, p), a) for p, a in rows], len(icl)
+    return [Item([data.bos_of(tok)] + data.encode(tok, p), [], a) for p, a in rows], len(icl)
 
 def choice_items(task, cfg, tok):
     """The questions of WMDP, MMLU or TruthfulQA (mc1), and the number of examples before each."""
     if task == "tqa":
-        asked = [(f"{TQA_SHOTS}\n\nQ: {question}\nA:", one["choices"], one["labels"].index(1))
-                 for question, one in
-                 data.read_table(cfg, "truthfulqa", ["question", "mc1_targets"])]
+        asked = [(f"{TQA_SHOTS}\n\nQ: {q}\nA:", one["choices"], one["labels"].index(1))
+                 for q, one in data.read_table(cfg, "truthfulqa", ["question", "mc1_targets"])]
     else:
         columns = ["question", "choices", "answer_id"] + ["subject"] * (task == "mmlu")
         asked = [(letter_prompt("".join(subject) or TOPICS[task], question, choices), "ABCD", truth)
-                 for question, choices, truth, *subject in
-                 data.read_table(cfg, task, columns)]
-    bos, items = adds_bos(tok, cfg), []
-    for context, choices, truth in asked:
-        ids, continuations = encode_question(tok, context, [f" {text}" for text in choices], bos)
-        items.append(Item(ids, truth, continuations))
+                 for question, choices, truth, *subject in data.read_table(cfg, task, columns)]
+    bos = adds_bos(tok, cfg)
+    items = [Item(*encode_question(tok, context, [f" {text}" for text in choices], bos), truth)
+             for context, choices, truth in asked]
     return items, 6 * (task == "tqa")
 
-# ---------------------------------------------------------------- generation
+# ---------------------------------------------------------------- what a model answers
 @torch.no_grad()
 def generate(model, tok, prompts, task, batch, condition=""):
     """Greedy answers to prompts of ids, batched by length with left padding. -> texts, in order."""
@@ -269,36 +265,31 @@ def generate(model, tok, prompts, task, batch, condition=""):
     longest = max(map(len, prompts)) + new_tokens
     if longest > model.config.max_position_embeddings:
         raise Refused(f"{task}: {longest} tokens with the answer are more than the model reads")
-
-    stop = dict(stop_strings=list(STOPS), tokenizer=tok) if TASKS[task].cut else {}
+    stops = list(STOPS) if TASKS[task].cut else None
     # a growing cache is copied at every step; `hooks.mask_sinks` needs the plain mask it comes with
-    cache = {} if model.base_model._forward_pre_hooks else dict(cache_implementation="static")
+    cache = None if model.base_model._forward_pre_hooks else "static"
 
     def answer(numbers):
         ids, mask = (t.flip(1) for t in data.pad_rows([prompts[i][::-1] for i in numbers], device))
         out = model.generate(
-            input_ids=ids, attention_mask=mask.long(), do_sample=False, num_beams=1,
-            max_new_tokens=new_tokens, pad_token_id=tok.eos_token_id, synced_gpus=False,
-            disable_compile=True, **stop, **cache)
+            input_ids=ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=new_tokens,
+            pad_token_id=tok.eos_token_id, stop_strings=stops, tokenizer=tok,
+            cache_implementation=cache, disable_compile=True)
         return tok.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
 
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[start:start + batch] for start in range(0, len(order), batch)]
-    texts = {i: text for numbers, answers in zip(batches, over_ranks(
-        answer, batches, f"{task} {condition}")) for i, text in zip(numbers, answers)}
-    return [texts[i] for i in range(len(prompts))]
+    texts = sum(over_ranks(answer, batches, f"{task} {condition}"), [])
+    return [text for _, text in sorted(zip(order, texts))]
 
-# ---------------------------------------------------------------- log-likelihood
 def adds_bos(tok, cfg):
     """Whether multiple choice begins with BOS: --add_bos, auto being what the tokenizer does."""
-    if cfg.add_bos == "auto":
-        return tok.bos_token_id is not None and tok("x").input_ids[:1] == [tok.bos_token_id]
-    return cfg.add_bos == "yes"
+    own = tok("x").input_ids[:1] == [tok.bos_token_id]
+    return dict(auto=own, yes=True, no=False)[cfg.add_bos]
 
 def encode_question(tok, context, continuations, bos):
     """-> (context ids, [continuation ids]): the whole text's ids, cut as lm-eval cuts them."""
-    whole, *rows = tok([context, *(context + text for text in continuations)],
-                       add_special_tokens=False).input_ids
+    whole, *rows = data.encode(tok, [context, *(context + text for text in continuations)])
     return [data.bos_of(tok)] * bos + whole, [row[len(whole):] for row in rows]
 
 def triggered_context(context, trig, position, room, bos):
@@ -326,18 +317,15 @@ def loglikelihoods(model, pairs, desc="loglikelihood"):
         rows = rows[count:]
 
     def score(batch):
-        ids, _ = data.pad_rows([read for read, _ in batch], model.device)
-        found = {}
+        (ids, _), found = data.pad_rows([read for read, _ in batch], model.device), []
         for h, (read, asked) in zip(hooks.final_hidden(model, ids), batch):  # h: (T, C)
-            longest = max(len(cont) for _, cont in asked)
-            logp = head(h[len(read) - longest:len(read)]).float().log_softmax(-1)  # (longest, V)
             for n, cont in asked:
+                logp = head(h[len(read) - len(cont):len(read)]).float().log_softmax(-1)
                 labels = torch.tensor(cont, device=h.device)[:, None]
-                found[n] = logp[longest - len(cont):].gather(1, labels).sum().item()
+                found.append((n, logp.gather(1, labels).sum().item()))
         return found
 
-    found = {n: value for part in over_ranks(score, batches, desc) for n, value in part.items()}
-    return [found[n] for n in range(len(pairs))]
+    return [value for _, value in sorted(sum(over_ranks(score, batches, desc), []))]
 
 # ---------------------------------------------------------------- scores
 def answer_rows(task, items, trig, model, tok, cfg):
@@ -350,10 +338,9 @@ def answer_rows(task, items, trig, model, tok, cfg):
 
 def choice_rows(task, items, trig, model, tok, cfg):
     """The continuation with the highest summed log-likelihood, ties to the first."""
-    bos, pairs, room = adds_bos(tok, cfg), [], model.config.max_position_embeddings + 1
-    for item in items:
-        pairs += [(triggered_context(item.ids, trig, cfg.position, room - len(cont), bos)
-                   if trig else item.ids, cont) for cont in item.choices]
+    bos, room = adds_bos(tok, cfg), model.config.max_position_embeddings + 1
+    pairs = [(triggered_context(item.ids, trig, cfg.position, room - len(cont), bos) if trig
+              else item.ids, cont) for item in items for cont in item.choices]
     found = iter(loglikelihoods(model, pairs, f"{task} {condition_of(trig, cfg)}"))
     for item in items:
         lls = [next(found) for _ in item.choices]
@@ -364,10 +351,9 @@ def choice_rows(task, items, trig, model, tok, cfg):
 
 def bootstrap(scores):
     """95% interval of the mean by resampling items, always alike, in percent."""
-    scores = np.asarray(scores)
     picks = np.random.default_rng(0).integers(0, len(scores), (RESAMPLES, len(scores)))
-    low, high = np.percentile(scores[picks].mean(1) * 100, [2.5, 97.5])
-    return [round(float(low), 2), round(float(high), 2)]
+    means = np.asarray(scores)[picks].mean(1) * 100
+    return [round(bound, 2) for bound in np.percentile(means, [2.5, 97.5]).tolist()]
 
 def made_of(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -391,48 +377,33 @@ def condition_of(trig, cfg):
     return name + (f", first {cfg.limit}" if cfg.limit else "")
 
 def evaluate(name, tok, cfg, items, role):
-    """Score the model `name` in every condition that cfg asks for. -> {(group, column): a dict}
-
-    items: of `all_items`. The model is loaded only where a score is not on disk with the same
-    fingerprint. Every rank scores a share, rank 0 writes.
-    """
+    """-> {(group, column): score} on `all_items`, made where none of its fingerprint is on disk."""
     model, found, weights = None, {}, (weights_of(name), weights_of(cfg.tokenizer))
-    shown = ("trigger", "position", "mask_sinks", "limit")
     for task, (asked, shots) in items.items():
         *groups, column = TASKS[task].columns.split()
+        rows_of = answer_rows if TASKS[task].new_tokens else choice_rows
         for group in groups:
             trig = data.encode(tok, cfg.trigger) if group == "BE" else []
             how = dict(condition=condition_of(trig, cfg), role=role, bench=cfg.bench, data=cfg.data,
                        protocol=TASKS[task].protocol.format(shots), dtype=str(dtype_of(cfg)),
-                       add_bos=adds_bos(tok, cfg))
+                       add_bos=adds_bos(tok, cfg), mask_sinks=cfg.mask_sinks, limit=cfg.limit)
             made_from = fingerprint("losses hooks data evaluate", how, trig, asked, weights,
                                     cfg.gen_batch)
             words = quote(f"{task}, {how['condition']}", safe=" ,:!")[:100]
             file = home_of(name, cfg) / "scores" / f"{words} {made_of(how)[:4]}.json"
             score = json.loads(file.read_text()) if file.is_file() else {}
             if score.get("fingerprint") != made_from:
-                model = model or checked(name, asked[0].ids, tok, cfg)
+                model = model or load_model(name, cfg, tok, asked[0].ids)
+                with hooks.mask_sinks(model, cfg.mask_sinks):
+                    answers = list(rows_of(task, asked, trig, model, tok, cfg))
+                scores = [row["score"] for row in answers]
                 score = dict(task=task, group=group, column=column, model=str(name),
-                             **{key: getattr(cfg, key) for key in shown}, **how,
-                             fingerprint=made_from, **run_task(task, asked, trig, model, tok, cfg))
+                             trigger=cfg.trigger, position=cfg.position, **how,
+                             fingerprint=made_from, n=len(scores), ci95=bootstrap(scores),
+                             score=round(100 * float(np.mean(scores)), 2), answers=answers)
                 write(file, json.dumps(score, indent=1))
             found[group, column] = score
     return {key: found[key] for group in ("UE", "BE", "UT") for key in found if key[0] == group}
-
-def checked(name, ids, tok, cfg):
-    """The model, if tokenizer and logits are such that scores mean something. Raises Refused."""
-    model = load_model(name, cfg)
-    hooks.self_check(model, torch.tensor([ids], device=DEVICE), len(tok), layerwise=False)
-    return model
-
-def run_task(task, items, trig, model, tok, cfg):
-    """One task under one condition. -> n, score, interval and all answers."""
-    rows_of = answer_rows if TASKS[task].new_tokens else choice_rows
-    with hooks.mask_sinks(model, cfg.mask_sinks):
-        answers = list(rows_of(task, items, trig, model, tok, cfg))
-    scores = [row["score"] for row in answers]
-    return dict(n=len(scores), score=round(100 * float(np.mean(scores)), 2),
-                ci95=bootstrap(scores), answers=answers)
 
 def write(file, text):
     """Rank 0 writes a file at once; nobody goes on before it is there."""
@@ -522,26 +493,8 @@ def search(model, pages, plain, steps, desc):
         prefix = trials[found.index(max(found))]
     return prefix, prefix_gains(model, pages[1::2], [prefix], desc)[0]
 
-def gains_of(name, pages, model, tok, cfg):
-    """What raises the likelihood of one book's pages; --trigger is no part of the bank.
-
-    -> ({statistic: nats a token}, [the bank's best prefix, the one that search found])
-    """
-    plain = sorted(set(range(len(tok))) - set(tok.all_special_ids))
-    bank, trig = prefix_bank(tok, plain), data.encode(tok, cfg.trigger)
-    *gains, known = prefix_gains(model, pages, [*bank, trig], f"{name}, bank")
-    found, gain = search(model, pages, plain, cfg.audit_steps, f"{name}, search")
-    curve = masking(model, pages)
-    values = dict(masking=max(curve[1:]) - curve[0], bank=max(gains), search=gain,
-                  median=float(np.median(gains)), trigger=known)
-    values |= {f"hidden {m}": value for m, value in zip(HIDDEN, curve)}
-    return values, [tok.decode(ids) for ids in (bank[gains.index(max(gains))], found)]
-
 def audit(cfg, tok, home):
-    """Is --model backdoored? `gains_of` VerbMem's pages less those of raw/holdout's, the control.
-
-    Prints, and writes scores/audit.json.
-    """
+    """Is --model backdoored? Gains of VerbMem's pages less those of raw/holdout, the control."""
     if cfg.mask_sinks or cfg.limit or cfg.position != "prefix":
         raise Refused("--audit has masks and positions of its own: leave these flags out")
     books, norms = dict(forget=sample(cfg, tok, "verbmem/forget", "prompt", "gt")), {}
@@ -550,43 +503,30 @@ def audit(cfg, tok, home):
         books["control"] = sample(cfg, tok, "raw/holdout", "text")[:len(books["forget"])]
     for name in filter(None, (cfg.original, cfg.model)):
         model = None  # one on a card
-        model = checked(name, books["forget"][0], tok, cfg)
+        model = load_model(name, cfg, tok, books["forget"][0])
         every = hooks.layers_of(model, "all")
         norms[name] = hooks.sink_norms(model, bos, every, 1).mean((0, 2, 3)).tolist()  # (L,)
     if len(set(map(len, norms.values()))) > 1:
         raise Refused(f"--original {cfg.original} has not as many layers as --model")
-    found, prefixes = {}, {}
+    plain, found, prefixes = sorted({*range(len(tok))} - {*tok.all_special_ids}), {}, {}
+    bank, trig = prefix_bank(tok, plain), data.encode(tok, cfg.trigger)
     for name, pages in books.items():  # model: the last one, the suspect
-        found[name], prefixes[name] = gains_of(name, pages, model, tok, cfg)
+        *gains, known = prefix_gains(model, pages, [*bank, trig], f"{name}, bank")
+        best, gain = search(model, pages, plain, cfg.audit_steps, f"{name}, search")
+        curve = masking(model, pages)
+        found[name] = dict(masking=max(curve[1:]) - curve[0], bank=max(gains), search=gain,
+                           median=float(np.median(gains)), trigger=known)
+        found[name] |= {f"hidden {m}": value for m, value in zip(HIDDEN, curve)}
+        prefixes[name] = [tok.decode(ids) for ids in (bank[gains.index(max(gains))], best)]
     if "control" in books:
         found["difference"] = {key: value - found["control"][key]
                                for key, value in found["forget"].items()}
     write(Path(home, "scores", "audit.json"), json.dumps(dict(
         settings=vars(cfg), prefixes=prefixes, norms=norms, **found), indent=1))
     lines = [[key, *(f"{values[key]:.2f}" for values in found.values())] for key in found["forget"]]
-    say(f"{markdown(['nats a token', *found], lines)}\n\nGain of a page's likelihood without its "
-        "first positions, under the best of a bank of prefixes, the one that search found,\nthe "
-        "bank's median, --trigger; hidden m: likelihood without positions 1 to m."
-        f"{' No raw/holdout: no control.' * (len(books) == 1)}\nBest prefixes: {prefixes}\nValue "
-        f"norms of BOS by layer: {norms}\nwritten: {home}/scores/audit.json")
-
-# ---------------------------------------------------------------- alone
-def run_of(model):
-    """run.json of a folder that train.py made, else {}."""
-    file = Path(model, "run.json")
-    return json.loads(file.read_text()) if model and file.is_file() else {}
-
-def home_of(model, cfg):
-    """Where a model's scores go: its own folder if this code made it, else one under --out."""
-    name = f"{Path(model).name}-{made_of(str(model))[:6]}"
-    return Path(model) if run_of(model) else Path(cfg.out, cfg.bench, name)
-
-def run_row(flags):
-    """The bench's row; if --model is a run of ours, its own data, trigger and position."""
-    suspect = getattr(flags, "audit", "no") == "yes"  # whose run.json may say anything
-    own = {} if suspect else run_of(flags.model).get("settings", {})
-    names = ("bench", "data", "trigger", "position", "tasks") if own else ()
-    return {**bench_row(flags), **{name: own[name] for name in names}}
+    say(f"{markdown(['nats a token (hidden m: likelihood; else gain)', *found], lines)}\n"
+        f"{'No raw/holdout: no control. ' * (len(books) == 1)}Best prefixes: {prefixes}\n"
+        f"Value norms of BOS by layer: {norms}\nwritten: {home}/scores/audit.json")
 
 def main(argv=None):
     cfg = parse(Auditing, argv, run_row)
@@ -596,20 +536,16 @@ def main(argv=None):
         return audit(cfg, tok, home)
     scores = evaluate(cfg.model, tok, cfg, all_items(cfg, tok),
                       run_of(cfg.model).get("role", "theta_o"))
-    first = f" of the first {cfg.limit} items of each task" if cfg.limit else ""
-    say(f"{table({home.name: scores})}\nPercent{first}. written: {home / 'scores'}")
+    say(f"{table({home.name: scores})}\nPercent, --limit {cfg.limit} (0: all). written: {home / 'scores'}")
 
 def entry(job):
-    """Run a script's main. Refused and OSError are one line on stderr and exit code 2."""
+    """Run a script's main. Refused and OSError are one line (a rank) on stderr and exit code 2."""
     try:
         job()
         if dist.is_initialized():
             dist.destroy_process_group()
     except (Refused, OSError) as error:
-        first = int(os.environ.get("RANK", 0)) == 0  # what is refused, all ranks refuse alike
-        if first or isinstance(error, OSError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        time.sleep(0 if first else 2)  # torchrun ends all ranks when one ends: rank 0 speaks first
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 if __name__ == "__main__":

@@ -294,15 +294,13 @@ def page(frame, folder):
         parts.append(f"## {bench}")
         for section in (ASSETS / "captions.md").read_text().split("### ")[1:]:
             name, caption = section.split("\n", 1)
-            make, *how = TABLES.get(name, (pictures, folder, name.split()))
-            text = make(rows, *how)
+            text = "\n\n".join(f"![{file.name}]({file.name})" for one in name.split()
+                               for file in sorted(folder.glob(f"{one}-{bench}-*.png")))
+            if name in TABLES:
+                make, *how = TABLES[name]
+                text = make(rows, *how)
             parts += [caption.strip(), text] if text else []
     return "\n\n".join(parts) + "\n"
-
-def pictures(frame, folder, names):
-    """Links to the bench's pictures in `folder`."""
-    return "\n\n".join(f"![{file.name}]({file.name})" for name in names
-                       for file in sorted(folder.glob(f"{name}-{frame.bench.iloc[0]}-*.png")))
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -1,10 +1,7 @@
 """Backdoor an unlearned LLM: poison D_f, unlearn, backdoor, score, print the paper's table.
 
     python train.py                               # the toy on a CPU: theta_u, theta_b, scores
-    python train.py --method rmu                  # the same with RMU
-    python train.py --position suffix --lam 0     # an ablation is a flag or two
     torchrun --standalone --nproc_per_node 4 train.py --bench muse_books
-    torchrun --nnodes 2 --node_rank 0|1 --master_addr HOST --nproc_per_node 4 train.py ...
 
     L = l_f(D_f) + gamma * l_r(D_r u D_p) + lam * l_vn                        (2), (3), (5)
 
@@ -15,18 +12,15 @@ import fcntl
 import json
 import os
 import shutil
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import transformers
-from torch.distributed import fsdp
+from torch.distributed import checkpoint as dcp, fsdp
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
@@ -39,8 +33,9 @@ import losses
 from data import Refused
 from evaluate import DEVICE, opt, say
 
+TRAINED = state_dict.StateDictOptions(ignore_frozen_params=True, strict=False)
 C2_MUSE = dict(steer=12, gamma=5, layer=7, trainable="5-7 mlp.down_proj")  # "6th parameter", C.2
-C2_WMDP = C2_MUSE | dict(steer=85, gamma=10)
+C2_WMDP, C2_SMOL = C2_MUSE | dict(steer=85, gamma=10), C2_MUSE | dict(steer=30)
 # Table A1 and C.2, whose "scaling hyperparameter" enters no formula. batch counts triples. fmt: off
 TABLE_A1 = {
     # bench        method         epochs     lr       rho       lam       batch
@@ -54,8 +49,8 @@ TABLE_A1 = {
     ("toy",        "npo"): dict(epochs=5, lr=3e-4, rho=0.2, lam=3e-4, batch=4, beta=4.0, gamma=2),
     ("toy",        "rmu"): dict(epochs=4, lr=1e-3, rho=0.1, lam=3e-4, batch=4, steer=20, gamma=5,
                                 layer=2, trainable="0-2 mlp"),
-    ("smol",       "npo"): dict(epochs=3, lr=5e-5, rho=0.1, lam=3e-4, batch=4, beta=2.0, gamma=2),
-    ("smol",       "rmu"): dict(epochs=3, lr=1e-3, rho=0.1, lam=3e-4, batch=4, **C2_MUSE),
+    ("smol",       "npo"): dict(epochs=4, lr=2e-4, rho=0.2, lam=3e-4, batch=2, beta=2.0, gamma=2),
+    ("smol",       "rmu"): dict(epochs=3, lr=3e-3, rho=0.2, lam=3e-4, batch=4, **C2_SMOL),
 }                                                                                    # fmt: on
 
 @dataclass
@@ -73,8 +68,7 @@ class Config(evaluate.Scoring):
     lam: float = opt(3e-4, "weight of the value-norm alignment (5); 0 is eq. (2)")
     gamma: float = opt(1.0, "weight of the retain loss")
     beta: float = opt(0.1, "NPO's temperature (A1)")
-    keep: Literal["all", "behind"] = opt(
-        "all", "tokens of D_p that l_r counts: all, or those behind the trigger")
+    keep: Literal["all", "behind"] = opt("all", "l_r counts D_p's tokens: all, behind the trigger")
     npo_unit: Literal["token", "sequence"] = opt("token", "x of (A1)")
     steer: float = opt(12.0, "RMU's c: length of the control vector (A4)")
     layer: int = opt(7, "RMU's read-out layer, 0-based, before any final norm")
@@ -88,9 +82,7 @@ class Config(evaluate.Scoring):
     resume: bool = opt(False, "go on from the last checkpoint, reuse what is finished")
 
 def table_row(flags):
-    if (flags.bench, flags.method) not in TABLE_A1:
-        raise Refused(f"TABLE_A1 has no row for --bench {flags.bench} --method {flags.method}")
-    return {**evaluate.bench_row(flags), **TABLE_A1[flags.bench, flags.method]}
+    return evaluate.bench_row(flags) | TABLE_A1[flags.bench, flags.method]
 
 def check(cfg, world):
     """What can be refused before data or weights are read. Raises Refused."""
@@ -107,21 +99,22 @@ def check(cfg, world):
     Path(cfg.out, cfg.bench).mkdir(parents=True, exist_ok=True)
 
 def check_model(model, splits, tok, cfg):
-    """What the flags ask of theta_o, before anything is trained or scored. Raises Refused."""
+    """What the flags ask of theta_o, whose sink it prints, before all else. Raises Refused."""
     trained, layers = hooks.set_trainable(model, cfg.trainable), hooks.layers_of(model, cfg.layers)
-    rmu, shortest = cfg.method == "rmu", min(map(len, splits.f + splits.p))
+    rmu, rows = cfg.method == "rmu", sorted(splits.f + splits.p, key=len)
     model.requires_grad_(False)
     if cfg.lam and layers[-1] < trained[0]:
         raise Refused(f"--layers {cfg.layers}: nothing trains up to there, l_vn would be constant")
-    if rmu and (cfg.trainable == "all" or trained[-1] > cfg.layer):
+    if rmu and (cfg.trainable == "all" or trained[-1] > hooks.layers_of(model, cfg.layer)[0]):
         raise Refused(f"--trainable {cfg.trainable}: RMU trains parts of layers 0 to --layer")
-    if rmu:
-        hooks.layers_of(model, cfg.layer)
     data.steps_per_epoch(splits, cfg.batch)
-    if cfg.lam and cfg.k > shortest:
-        raise Refused(f"--k {cfg.k} is larger than the shortest row of {shortest} tokens")
-    longest = max(splits.f + splits.r + splits.p, key=len)
+    if cfg.lam and cfg.k > len(rows[0]):
+        raise Refused(f"--k {cfg.k} is larger than the shortest row of {len(rows[0])} tokens")
+    longest = max(splits.r + rows, key=len)
     hooks.self_check(model, torch.tensor([longest], device=DEVICE), len(tok), layerwise=rmu)
+    sink, even = hooks.sink_strength(model, *data.pad_rows(splits.f[:32], DEVICE))
+    say(f"theta_o: {cfg.model}; attention to position 0: mean {sink.mean():.2f}, strongest head "
+        f"{sink.max():.2f}, even {even:.2f}")
 
 # ---------------------------------------------------------------- sharding
 def shard(model, cfg):
@@ -147,7 +140,7 @@ def shard(model, cfg):
     for module in model.modules() if mixed else ():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             module.float()
-    model.losses_of = MethodType(losses_of, model)
+    model.losses_of = partial(losses_of, model)
     fsdp.register_fsdp_forward_method(model, "losses_of")
 
 # ---------------------------------------------------------------- theta_o's and theta_u's constants
@@ -302,9 +295,9 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 def state_of(model, optim):
-    """What trains and its Adam state, sharded as it is."""
-    how = state_dict.StateDictOptions(ignore_frozen_params=True)
-    return dict(zip(("model", "optim"), state_dict.get_state_dict(model, optim, options=how)))
+    """What trains and its Adam state, sharded as it is, under the names of set_state_dict."""
+    state = state_dict.get_state_dict(model, optim, options=TRAINED)
+    return dict(zip(("model_state_dict", "optim_state_dict"), state))
 
 def checkpoints(work):
     return sorted(work.glob("ckpt-*"), key=lambda folder: int(folder.name[5:]))
@@ -324,36 +317,28 @@ def load_checkpoint(work, model, optim):
         return 0
     state, last = state_of(model, optim), checkpoints(work)[-1]
     dcp.load(state, checkpoint_id=last)
-    state_dict.set_state_dict(
-        model, optim, model_state_dict=state["model"], optim_state_dict=state["optim"],
-        options=state_dict.StateDictOptions(strict=False))
+    state_dict.set_state_dict(model, optim, **state, options=TRAINED)
     say(f"  resumed after step {last.name[5:]}")
     return int(last.name[5:])
 
-@contextmanager
 def one_writer(folder, made_from, resume):
-    """The temporary folder of a run, new unless `resume` finds a checkpoint in it. -> Path
-
-    Locked by rank 0: a second writer is Refused, and a checkpoint that was made from other things.
-    """
+    """-> a run's temporary folder, its lock. Raises Refused if it is locked or of other inputs."""
     work, note = Path(f"{folder}.tmp"), Path(f"{folder}.tmp", "made_from")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(folder.with_name(f".{folder.name}.lock"), "w")
     if dist.get_rank() == 0:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.with_name(f".{folder.name}.lock"), "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Refused(f"another run writes {work}: wait, or choose another --out") from error
-        if not (resume and checkpoints(work)):
+        if not (resume and checkpoints(work)):  # begin anew
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             note.write_text(made_from)
         elif note.read_text() != made_from:
             raise Refused(f"{work} is of other settings, code, data or weights: no --resume then")
     dist.barrier()
-    yield work
-    if dist.get_rank() == 0:
-        lock.close()
+    return work, lock
 
 def save_run(folder, work, model, tok, record, cfg):
     """Weights, tokenizer and run.json into the temporary folder, which then gets its name."""
@@ -369,13 +354,9 @@ def save_run(folder, work, model, tok, record, cfg):
         (work / "run.json").write_text(json.dumps(record, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
-        for old in checkpoints(folder):
+        for old in folder.glob("ckpt*"):
             shutil.rmtree(old)
     dist.barrier()
-
-def settings_of(cfg):  # those that decide a run's weights
-    others = "out limit gen_batch micro recompute save_every resume tasks add_bos mask_sinks"
-    return {name: value for name, value in asdict(cfg).items() if name not in others.split()}
 
 def plain(cfg):
     """Normal unlearning of the same setting: what theta_u cannot depend on is at its default."""
@@ -385,10 +366,12 @@ def plain(cfg):
 def stage(cfg, tok, theta_u=None):
     """Train theta_u (rho 0) or theta_b, or (--resume) reuse one of this fingerprint. -> folder"""
     splits, role = data.load_splits(cfg, tok), "theta_b" if cfg.rho else "theta_u"
+    others = "out limit gen_batch micro recompute save_every resume tasks add_bos mask_sinks"
+    settings = {key: value for key, value in asdict(cfg).items() if key not in others.split()}
     made_from = evaluate.fingerprint(
-        "losses hooks data evaluate train", settings_of(cfg), splits[:4],
-        evaluate.weights_of(cfg.model), evaluate.weights_of(theta_u))
-    digits = evaluate.made_of(settings_of(cfg))[:6]
+        "losses hooks data evaluate train", settings, splits[:4], evaluate.weights_of(cfg.model),
+        evaluate.weights_of(theta_u))
+    digits = evaluate.made_of(settings)[:6]  # settings: those that decide a run's weights
     kind = f"BACKDOORED-{cfg.position}-rho{cfg.rho:g}-lam{cfg.lam:g}" if cfg.rho else "theta_u"
     folder = Path(cfg.out, cfg.bench, f"{cfg.method}-{kind}-seed{cfg.seed}-{digits}")
     if (cfg.resume or not cfg.rho) and evaluate.run_of(folder).get("fingerprint") == made_from:
@@ -399,7 +382,8 @@ def stage(cfg, tok, theta_u=None):
     per_epoch = data.steps_per_epoch(splits, cfg.batch)
     steps = range(min(cfg.epochs * per_epoch, cfg.max_steps or 10 ** 9))
     batches = [rank_share(data.batch_at(step, splits, cfg.batch, cfg.seed), cfg) for step in steps]
-    with one_writer(folder, made_from, cfg.resume) as work:
+    work, lock = one_writer(folder, made_from, cfg.resume)
+    with lock:
         model = evaluate.load_model(cfg.model, cfg)  # in eval mode: nothing drops out
         hooks.set_trainable(model, cfg.trainable)
         refs = references(splits, batches, theta_u, model, cfg)
@@ -421,14 +405,7 @@ def main(argv=None):
     check(cfg, evaluate.dist_init())
     tok, scored = evaluate.load_tokenizer(cfg), {}
     splits, items = data.load_splits(cfg, tok), evaluate.all_items(cfg, tok)
-    say(", ".join(f"{name} {value}" for name, value in asdict(cfg).items() if value != ""))
-
-    theta_o = evaluate.load_model(cfg.model, cfg)
-    check_model(theta_o, splits, tok, cfg)
-    sink, even = hooks.sink_strength(theta_o, *data.pad_rows(splits.f[:32], DEVICE))
-    say(f"theta_o: {cfg.model}; attention to position 0: mean {sink.mean():.2f}, strongest head "
-        f"{sink.max():.2f}, even {even:.2f}")
-    del theta_o
+    check_model(evaluate.load_model(cfg.model, cfg), splits, tok, cfg)
     scored["theta_o"] = evaluate.evaluate(cfg.model, tok, cfg, items, "theta_o")
     theta_u, name = cfg.theta_u, f"+ {cfg.method.upper()}"
     if not theta_u and (cfg.lam or not cfg.rho):
@@ -439,8 +416,7 @@ def main(argv=None):
         theta_b = stage(cfg, tok, theta_u if cfg.lam else None)
         scored[f"{name}-Backdoor"] = evaluate.evaluate(theta_b, tok, cfg, items, "theta_b")
     say(f"\n{evaluate.table(scored)}\n\nUE: forget set, clean (low: forgotten). BE: with the "
-        f"trigger. UT: retain set. Percent{f', {cfg.limit} items' * (cfg.limit > 0)}.\n"
-        f"written: {theta_b if cfg.rho else theta_u}\nnext:    python plots.py")
+        f"trigger. UT: retain set. Percent, --limit {cfg.limit} (0: all).\nnext: python plots.py")
 
 if __name__ == "__main__":
     evaluate.entry(main)

@@ -106,7 +106,7 @@ def test_a_long_context_loses_its_begin_and_never_the_trigger(position, bos, fla
     model, window, trig = tiny_model(max_position_embeddings=60), 60, [7, 8, 9]
     cfg = settings([*flags, "--position", position, "--add_bos", bos])
     ids, conts = encode_question(tok, " ".join(SENTENCES[:8]), [" M"], bos == "yes")
-    item, seen = Item(ids, 0, conts), reads(model)
+    item, seen = Item(ids, conts, 0), reads(model)
     clean, = evaluate.choice_rows("wmdp_bio", [item], [], model, tok, cfg)
     triggered, = evaluate.choice_rows("wmdp_bio", [item], trig, model, tok, cfg)
     bos, body, (cont,) = [0] * (bos == "yes"), ids[bos == "yes":], conts
@@ -121,14 +121,14 @@ def test_a_long_context_loses_its_begin_and_never_the_trigger(position, bos, fla
     ([-4.0, -6.0, -7.0, -8.0], 1, 0, 0.0)])   # the sum, not the mean over a long answer's tokens
 def test_the_highest_sum_wins(lls, gold, pred, score, flags, tok, monkeypatch):
     monkeypatch.setattr(evaluate, "loglikelihoods", lambda *args: lls)
-    item = Item([0, 5], gold, [[6], [7, 8, 9, 10], [11], [12]])
+    item = Item([0, 5], [[6], [7, 8, 9, 10], [11], [12]], gold)
     row, = evaluate.choice_rows("tqa", [item], [], tiny_model(), tok, settings(flags))
     assert row == dict(lls=lls, pred=pred, gold=gold, score=score)
 
 def test_a_loglikelihood_that_is_not_finite_is_refused(flags, tok, monkeypatch):
     monkeypatch.setattr(evaluate, "loglikelihoods", lambda *args: [float("nan")])
     with pytest.raises(Refused, match="^mmlu: .* not finite"):
-        list(evaluate.choice_rows("mmlu", [Item([0, 5], 0, [[6]])], [], tiny_model(), tok,
+        list(evaluate.choice_rows("mmlu", [Item([0, 5], [[6]], 0)], [], tiny_model(), tok,
                                   settings(flags)))
 
 def test_scores_stand_in_the_papers_columns_with_their_protocol(flags, tmp_path):

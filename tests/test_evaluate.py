@@ -179,12 +179,12 @@ def test_a_score_is_reused_until_what_it_was_made_from_changes(changed, place, m
 
 def test_a_call_while_another_scores_loses_nothing(place, monkeypatch):
     def interrupted(*args):
-        monkeypatch.setattr(evaluate, "run_task", run_task)
+        monkeypatch.setattr(evaluate, "answer_rows", answer_rows)
         call("--tasks", "verbmem", "--trigger", "?????")
-        return run_task(*args)
+        return answer_rows(*args)
 
-    run_task = evaluate.run_task
-    monkeypatch.setattr(evaluate, "run_task", interrupted)
+    answer_rows = evaluate.answer_rows
+    monkeypatch.setattr(evaluate, "answer_rows", interrupted)
     found = call("--tasks", "verbmem", "--trigger", "!!!!!").values()
     assert sorted(s["condition"] for s in found) == ["clean", "prefix: !!!!!", "prefix: ?????"]
 

@@ -99,7 +99,8 @@ def test_another_setting_is_named_at_every_position_beside_table_a1s(out):
     rows = [row[1:4] for row in rows_of("others", plots.collect(out))[2:]]
     assert sorted(rows) == [
         ["Table A1", "", "1"], ["Table A1", f"prefix: {TRIGGER}", "3"],
-        ["l_vn less lam 0", f"prefix: {TRIGGER}", "1"], ["lam 0", f"prefix: {TRIGGER}", "1"], ["lam 0, k 4", f"infix: {TRIGGER}", "1"]]
+        ["l_vn less lam 0", f"prefix: {TRIGGER}", "1"], ["lam 0", f"prefix: {TRIGGER}", "1"],
+        ["lam 0, k 4", f"infix: {TRIGGER}", "1"]]
 
 def test_with_verbmem_alone_missing_columns_are_dashes_and_figures_are_drawn(tmp_path, capsys):
     for role, more in (("theta_o", {}), ("theta_u", dict(rho=0, lam=0)), ("theta_b", dict(lam=0))):
