@@ -536,7 +536,7 @@ def main(argv=None):
         return audit(cfg, tok, home)
     scores = evaluate(cfg.model, tok, cfg, all_items(cfg, tok),
                       run_of(cfg.model).get("role", "theta_o"))
-    say(f"{table({home.name: scores})}\nPercent, --limit {cfg.limit} (0: all). In {home / 'scores'}")
+    say(f"{table({home.name: scores})}\nPercent, --limit {cfg.limit} (0: all). In {home}/scores")
 
 def entry(job):
     """Run a script's main. Refused and OSError are one line (a rank) on stderr and exit code 2."""
