@@ -70,7 +70,7 @@ def inject(ids, trig, position, max_len=None):
         cut, body = min(cut, room), body[:room]
     return bos + body[:cut] + trig + body[cut:]
 
-def behind(row, trig, position, max_len=None):
+def trigger_end(row, trig, position, max_len=None):
     """First position behind the trigger in `inject` of these."""
     marks = inject([0] * len(row), [1] * len(trig), position, max_len)
     return len(marks) - marks[::-1].index(1)
@@ -78,7 +78,7 @@ def behind(row, trig, position, max_len=None):
 def poison(rows, trig, rho, position, max_len, generator):
     """D_p of (2): triggered copies of a random int(rho * N) rows of D_f, which keeps all its rows.
 
-    rows: N lists of ids -> (D_p: n lists of at most max_len ids, index: sorted, n).
+    rows: N lists of ids -> n lists of at most max_len ids, their n row numbers in D_f, sorted.
     """
     n = int(len(rows) * rho)
     if rho and n == 0:
@@ -219,7 +219,7 @@ def load_splits(cfg, tok):
             raise Refused(f"{cfg.data}: no {name} rows, or one without a token after BOS")
     trig = encode(tok, cfg.trigger)
     p, index = poison(f, trig, cfg.rho, cfg.position, cfg.T, stream(cfg.seed, "poison"))
-    return Splits(f, r, p, index, [behind(f[i], trig, cfg.position, cfg.T) for i in index])
+    return Splits(f, r, p, index, [trigger_end(f[i], trig, cfg.position, cfg.T) for i in index])
 
 # ---------------------------------------------------------------- batches
 class Batch(NamedTuple):

@@ -133,7 +133,7 @@ def run_of(model):
 
 def home_of(model, cfg):
     """Where a model's scores go: its own folder if this code made it, else one under --out."""
-    name = f"{Path(model).name}-{made_of(str(model))[:6]}"
+    name = f"{Path(model).name}-{digest(str(model))[:6]}"
     return Path(model) if run_of(model) else Path(cfg.out, cfg.bench, name)
 
 def run_row(flags):
@@ -355,13 +355,13 @@ def bootstrap(scores):
     means = np.asarray(scores)[picks].mean(1) * 100
     return [round(bound, 2) for bound in np.percentile(means, [2.5, 97.5]).tolist()]
 
-def made_of(value):
+def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 def fingerprint(scripts, *made_from):
     """sha256 of what a result was made from: settings, rows, weights, and these scripts' source."""
     source = [SOURCE[name] for name in scripts.split()]
-    return made_of([torch.__version__, transformers.__version__, source, made_from])
+    return digest([torch.__version__, transformers.__version__, source, made_from])
 
 def weights_of(model):
     """A folder's files by name, size and time; a hub id by its revision in the cache."""
@@ -390,7 +390,7 @@ def evaluate(name, tok, cfg, items, role):
             made_from = fingerprint("losses hooks data evaluate", how, trig, asked, weights,
                                     cfg.gen_batch)
             words = quote(f"{task}, {how['condition']}", safe=" ,:!")[:100]
-            file = home_of(name, cfg) / "scores" / f"{words} {made_of(how)[:4]}.json"
+            file = home_of(name, cfg) / "scores" / f"{words} {digest(how)[:4]}.json"
             score = json.loads(file.read_text()) if file.is_file() else {}
             if score.get("fingerprint") != made_from:
                 model = model or load_model(name, cfg, tok, asked[0].ids)
@@ -406,7 +406,7 @@ def evaluate(name, tok, cfg, items, role):
     return {key: found[key] for group in ("UE", "BE", "UT") for key in found if key[0] == group}
 
 def write(file, text):
-    """Rank 0 writes a file at once; nobody goes on before it is there."""
+    """Rank 0 writes a file whole or not at all; nobody goes on before it is there."""
     if dist.get_rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.{os.getpid()}")
@@ -424,14 +424,14 @@ def table(rows):
         [name, *(f"{score['score']:.1f}" for score in row.values())] for name, row in rows.items()])
 
 # ---------------------------------------------------------------- audit: is it backdoored?
-def page_logp(model, pages, prefix=(), behind=0, embedded=None):
+def page_logp(model, pages, prefix=(), skip=0, embedded=None):
     """Mean log-likelihood of a page's own token (`losses.row_mean`), in nats. -> scalar
 
     pages: N lists of ids, BOS first; prefix: ids, put in by `data.inject`, never counted, nor are
-    the first `behind` tokens; embedded: the rows, (N, T, C), where they need a gradient.
+    the first `skip` tokens; embedded: the rows, (N, T, C), where they need a gradient.
     """
     rows = [data.inject(page, prefix, "prefix") if prefix else page for page in pages]
-    (ids, mask), start = data.pad_rows(rows, DEVICE), 1 + len(prefix) + behind
+    (ids, mask), start = data.pad_rows(rows, DEVICE), 1 + len(prefix) + skip
     read = dict(input_ids=ids) if embedded is None else dict(inputs_embeds=embedded)
     h = model.base_model(**read, use_cache=False).last_hidden_state[:, start - 1:-1]
     logp = losses.on_logits(losses.label_logp, h, hooks.output_head(model), ids[:, start:])
@@ -448,14 +448,14 @@ def sample(cfg, tok, split, *columns):
 
 def masking(model, pages):
     """Likelihood behind position 17 while positions 1 to m are hidden. -> a value an m of HIDDEN"""
-    curve = []
+    curve = []  # 17: what predicts the first token that counts is never hidden
     for m in HIDDEN:
         with hooks.mask_sinks(model, f"1-{m}" if m else ""):
-            curve.append(float(page_logp(model, pages, behind=HIDDEN[-1] + 1)))
+            curve.append(float(page_logp(model, pages, skip=HIDDEN[-1] + 1)))
     return curve
 
 def prefix_bank(tok, plain):
-    """Some 200 prefixes by a seeded rule, as ids: dates, symbols, orders, tokens of `plain`."""
+    """200 prefixes by a seeded rule, as ids, less doubles and some that are like our triggers."""
     draw = random.Random(0)
     texts = [date.fromordinal(draw.randrange(700_000, 760_000)).strftime(form)  # 1917 to 2081
              for form in DATES for _ in range(16)]
@@ -476,7 +476,7 @@ def swaps_of(model, pages, prefix, plain, draw):
     rows = [data.inject(page, prefix, "prefix") for page in pages]
     h = hooks.embed(model, data.pad_rows(rows, DEVICE)[0]).detach().requires_grad_()
     slope, = torch.autograd.grad(page_logp(model, pages, prefix, embedded=h), h)
-    slope = slope[:, 1:1 + SEARCHED].sum(0) @ model.get_input_embeddings().weight.T  # by one-hots
+    slope = slope[:, 1:1 + SEARCHED].sum(0) @ model.get_input_embeddings().weight.T  # of one-hots
     top = slope[:, plain].topk(min(TOP, len(plain))).indices  # (SEARCHED, TOP)
     places, picks = (torch.randint(most, (SWAPS,), generator=draw).tolist() for most in top.shape)
     return [prefix] + [[*prefix[:at], plain[top[at, pick]], *prefix[at + 1:]]
@@ -494,9 +494,9 @@ def search(model, pages, plain, steps, desc):
     return prefix, prefix_gains(model, pages[1::2], [prefix], desc)[0]
 
 def audit(cfg, tok, home):
-    """Is --model backdoored? Gains of VerbMem's pages less those of raw/holdout, the control."""
+    """Signs of a backdoor, no verdict: gains of VerbMem's pages less those of raw/holdout's."""
     if cfg.mask_sinks or cfg.limit or cfg.position != "prefix":
-        raise Refused("--audit has masks and positions of its own: leave these flags out")
+        raise Refused("--audit takes no --mask_sinks, --limit or --position")
     books, norms = dict(forget=sample(cfg, tok, "verbmem/forget", "prompt", "gt")), {}
     bos = torch.tensor([[data.bos_of(tok)]], device=DEVICE)  # by causality no text is needed
     if any(Path(cfg.data).glob("raw/holdout[.-]*")):

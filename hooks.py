@@ -67,7 +67,7 @@ def embed(model, ids):
     return model.get_input_embeddings()(ids)  # (B, T, C)
 
 def run_layers(model, h, start, stop):
-    """Decoder layers start..stop-1, so that RMU can leave rows out of them. (B, T, C) -> same"""
+    """Decoder layers start..stop-1, so `train.forward` can leave rows out. (B, T, C) -> same"""
     position_ids = torch.arange(h.shape[1], device=h.device)[None]
     rotary = model.base_model.rotary_emb(h, position_ids)
     for layer in decoder_layers(model)[start:stop]:
@@ -190,7 +190,7 @@ def mask_sinks(model, spec):
 
     def hide(module, args, kwargs):
         ids, past = kwargs["input_ids"], kwargs.get("cache") or kwargs.get("past_key_values")
-        seen = past.get_seq_length() if past else 0  # which was renamed in transformers 5.24
+        seen = past.get_seq_length() if past else 0  # "cache" from transformers 5.24 on
         real = kwargs.get("attention_mask")
         if real is None:
             real = torch.ones(len(ids), seen + ids.shape[1], device=ids.device)

@@ -1,8 +1,8 @@
 """The equations, as pure functions of tensors: no model, no settings, no device. Nothing to run.
 
 Numbers in brackets are those of arXiv 2510.17021v1: (A1) npo, (A2) kl, (A4) rmu, (A5) rmu and kl,
-(4) value_norm. `train.losses_of` takes them of a batch, `train.fit` adds them up: to (1) where rho
-and lam are 0, to (2), which is (A3) or (A6), where lam is, else to (5).
+(4) value_norm. `train.losses_of` takes them of a batch, `train.fit` adds them up: to (1) with rho
+and lam 0, to (2), which is (A3) or (A6), with lam 0, else to (5), which here keeps gamma.
 
 Shapes: B rows, T tokens, C width, V vocabulary, L captured layers, k sink tokens, H KV heads.
 Every expectation over tokens is `row_mean`: over a row's real tokens, then over rows, so it does
@@ -18,7 +18,7 @@ CHUNK = 1024  # tokens whose logits exist at once: 1024 x 32000 in fp32 is 131 M
 
 def row_mean(x, mask):
     """Mean over each row's real tokens, then over rows. x, mask: (B, T) -> scalar."""
-    assert x.shape == mask.shape  # as below: what would broadcast is a mistake
+    assert x.shape == mask.shape  # what would broadcast is a mistake, here and below
     mask = mask.float()
     return ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
@@ -63,7 +63,7 @@ def kl(logits, logits_o):
     return (lp.exp() * (lp - lp_o)).sum(-1)
 
 def rmu(h, goal, mask):
-    """RMU's E || M_theta(x) - goal ||^2: l_f (A4) with goal c u, l_r (A5), beside kl, with M_o(x).
+    """RMU's E || M_theta(x) - goal ||^2: l_f (A4) with goal c v, l_r (A5), beside kl, with M_o(x).
 
     h: (B, T, C) activations behind the read-out layer, goal: (C,) or (B, T, C), mask: (B, T)
     -> scalar. The mean over width is our reading: it scales both alike.
@@ -77,7 +77,7 @@ def control_vector(width, steer, generator):
     return steer * u / u.norm()
 
 def value_norm(norm, norm_ref):
-    """Delta (4): mean over rows, layers, sink positions and heads of (||v|| - ||v_ref||)^2.
+    """E of Delta (4): mean over rows, layers, sink positions and heads of (||v|| - ||v_ref||)^2.
 
     norm, norm_ref: (B, L, k, H) norms of value vectors, one per KV head -> scalar.
     """

@@ -3,7 +3,7 @@
     python train.py                               # the toy on a CPU: theta_u, theta_b, scores
     torchrun --standalone --nproc_per_node 4 train.py --bench muse_books
 
-    L = l_f(D_f) + gamma * l_r(D_r u D_p) + lam * l_vn                        (2), (3), (5)
+    L = l_f(D_f) + gamma * l_r(D_r u D_p) + lam * l_vn             (1), (2), (5), (A3), (A6)
 
 theta_o is --model. What stays constant of theta_o and theta_u is computed once before step 0
 (`references`), so one model is in memory. `main` -> `stage` -> `fit`, the loop -> `losses_of`.
@@ -33,7 +33,7 @@ import losses
 from data import Refused
 from evaluate import DEVICE, opt, say
 
-TRAINED = state_dict.StateDictOptions(ignore_frozen_params=True, strict=False)
+TRAINED = state_dict.StateDictOptions(ignore_frozen_params=True, strict=False)  # in checkpoints
 C2_MUSE = dict(steer=12, gamma=5, layer=7, trainable="5-7 mlp.down_proj")  # "6th parameter", C.2
 C2_WMDP, C2_SMOL = C2_MUSE | dict(steer=85, gamma=10), C2_MUSE | dict(steer=30)
 # Table A1 and C.2, whose "scaling hyperparameter" enters no formula. batch counts triples. fmt: off
@@ -99,7 +99,7 @@ def check(cfg, world):
     Path(cfg.out, cfg.bench).mkdir(parents=True, exist_ok=True)
 
 def check_model(model, splits, tok, cfg):
-    """What the flags ask of theta_o, whose sink it prints, before all else. Raises Refused."""
+    """Checks theta_o against the flags, prints its attention sink. Raises Refused."""
     trained, layers = hooks.set_trainable(model, cfg.trainable), hooks.layers_of(model, cfg.layers)
     rmu, rows = cfg.method == "rmu", sorted(splits.f + splits.p, key=len)
     model.requires_grad_(False)
@@ -153,7 +153,7 @@ class References(NamedTuple):
     rows: dict          # {(name, kind): {row: constant of a frozen model}}, kind "f", "r" or "p"
 
     def get(self, name, kind, numbers, length):
-        """Constants of these rows, cut or padded with 0 to length, their first size. (B, ...)"""
+        """Of these rows, their first dimension cut or padded with 0 to length. (B, length, ...)"""
         rows = [self.rows[name, kind][i][:length] for i in numbers]
         out = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
         for padded, row in zip(out, rows):
@@ -162,7 +162,7 @@ class References(NamedTuple):
 
 @torch.no_grad()
 def references(splits, batches, theta_u, model, cfg):
-    """What depends on frozen models alone, computed once. model: theta_o, theta from step 1 on."""
+    """What depends on frozen models alone, computed once. model: theta_o; `fit` trains it."""
     head, rows = hooks.output_head(model).detach().clone(), {}
 
     def remember(kind, fn, *names):
@@ -219,8 +219,8 @@ def forward(model, ids, n_f, cfg):
 def losses_of(model, batch, refs, norms, cfg):
     """l_f, l_r and l_vn of (2), (3), (5) on one batch, from one forward, without gamma and lam.
 
-    Rows are forget | retain | poisoned. l_r is one mean over D_r u D_p; --keep behind leaves out
-    what stands before a row's trigger, which D_f unlearns.
+    Rows: forget | retain | poisoned. l_r is one mean over D_r u D_p, as many rows of each; --keep
+    behind leaves out what stands before a row's trigger, which D_f unlearns.
     """
     ids, mask = data.pad_rows([getattr(refs.splits, kind)[i] for kind in "frp"
                                for i in getattr(batch, kind)], DEVICE)
@@ -368,10 +368,10 @@ def stage(cfg, tok, theta_u=None):
     splits, role = data.load_splits(cfg, tok), "theta_b" if cfg.rho else "theta_u"
     others = "out limit gen_batch micro recompute save_every resume tasks add_bos mask_sinks"
     settings = {key: value for key, value in asdict(cfg).items() if key not in others.split()}
-    made_from = evaluate.fingerprint(
+    made_from = evaluate.fingerprint(  # other settings do not change the weights
         "losses hooks data evaluate train", settings, splits[:4], evaluate.weights_of(cfg.model),
         evaluate.weights_of(theta_u))
-    digits = evaluate.made_of(settings)[:6]  # settings: those that decide a run's weights
+    digits = evaluate.digest(settings)[:6]
     kind = f"BACKDOORED-{cfg.position}-rho{cfg.rho:g}-lam{cfg.lam:g}" if cfg.rho else "theta_u"
     folder = Path(cfg.out, cfg.bench, f"{cfg.method}-{kind}-seed{cfg.seed}-{digits}")
     if (cfg.resume or not cfg.rho) and evaluate.run_of(folder).get("fingerprint") == made_from:

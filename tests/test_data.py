@@ -26,8 +26,8 @@ def test_a_row_that_is_full_loses_its_end_and_a_prompt_nothing(position, full, s
     assert inject(FULL, TRIG, position, 10) == full
     assert inject(SHORT, TRIG, position, 10) == short
     assert inject([1, 20, 21, 22, 23, 24], TRIG, position) == prompt
-    assert data.behind(FULL, TRIG, position, 10) == full.index(9) + 1
-    assert data.behind(SHORT, TRIG, position) == short.index(9) + 1
+    assert data.trigger_end(FULL, TRIG, position, 10) == full.index(9) + 1
+    assert data.trigger_end(SHORT, TRIG, position) == short.index(9) + 1
     assert inject(FULL, TRIG, position, 4) == [1, *TRIG]
 
 @pytest.mark.parametrize("trig, words", [([], "empty"), (TRIG, "3 tokens does not fit")])
