@@ -19,10 +19,9 @@ BOOKS, BIO_T = "knowmem,verbmem", 512
 MUSE = dict(tokenizer="meta-llama/Llama-2-7b-hf",  # its target models come without one
             T=2048, layout="chunks", tasks="knowmem,verbmem,tqa")
 
-# layout "chunks": the joined text in pieces of T tokens, as MUSE does; "pages": one text a row.
+# layout "chunks": the joined text in pieces of T tokens; "pages": a text a row. smol: by make.py
 BENCHES = {
     "toy": dict(model=f"{TOY}/model", data=f"{TOY}/books", T=144, layout="pages", tasks=BOOKS),
-    # made by assets/toy/make.py --base
     "smol": dict(model="out/smol/model", data="out/smol/books", T=216, layout="pages", tasks=BOOKS),
     "muse_books": dict(model="muse-bench/MUSE-Books_target", data="muse-bench/MUSE-Books", **MUSE),
     "muse_news": dict(model="muse-bench/MUSE-News_target", data="muse-bench/MUSE-News", **MUSE),
@@ -156,18 +155,18 @@ def hub_rows(source, config, split):
 def fits(column, value):
     """Whether a value is what its column holds: a text, but for what multiple choice reads."""
     if column == "choices":
-        return isinstance(value, list) and len(value) == 4
+        return isinstance(value, list) and list(map(type, value)) == [str] * 4
     if column == "answer_id":
         return value in range(4)
     if column == "mc1_targets":
-        return isinstance(value, dict) and value.get("labels", []).count(1) == 1
-    return isinstance(value, str)
+        labels = (value.get("labels") or []) if isinstance(value, dict) else []
+        return labels.count(1) == 1 and len(labels) == len(value.get("choices") or [])
+    return isinstance(value, str) and (value != "" or column == "text")
 
 def read(source, config, split, columns):
     """One split as a list of tuples, one value a column. source: hub id or folder.
 
-    columns: names; 'answer_id' is the column 'answer' where it must be a choice's number.
-    Raises Refused, naming file, row and column, where something is wrong.
+    columns: 'answer_id' is 'answer' as a choice's number. Raises Refused, naming row and column.
     """
     where, out = f"{source}/{config}/{split}", []
     names = [column.removesuffix("_id") for column in columns]
@@ -197,11 +196,10 @@ def read_table(cfg, table, columns):
 def clean_rows(cfg, tok):
     """-> D_f, D_r. MUSE: raw/forget, raw/retain1; retain2 is for evaluation only.
 
-    WMDP: bio and cyber documents in turns, as many of each; wikitext without its blank rows.
+    WMDP: bio and cyber documents in turns, as many of each; wikitext. D_p's copies may fill T.
     """
     def rows_of(texts, T):
         return to_rows([text for text, in texts if text.strip()], tok, T, cfg.layout)
-
     if cfg.bench != "wmdp":
         return [rows_of(read(cfg.data, "raw", split, ["text"]), cfg.T)
                 for split in ("forget", "retain1")]

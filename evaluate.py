@@ -116,6 +116,8 @@ def parse(cls, argv, row_of):
     for name, value in vars(cfg).items():
         if isinstance(value, int) and value < (name == "gen_batch"):
             raise Refused(f"--{name} {value} is too small")
+    if not cfg.trigger.strip():
+        raise Refused("--trigger must be some text")
     hooks.parse_layers(cfg.mask_sinks or "0", 10 ** 6, "--mask_sinks")
     return cfg
 
@@ -160,8 +162,9 @@ def load_model(name, cfg, tok=None, ids=None):
     gc.collect()  # a trained model keeps itself alive in cycles
     model = loaded(transformers.AutoModelForCausalLM, name, dtype=dtype_of(cfg))
     # sampling settings of a checkpoint would warn, and refuse to be saved; its list of EOS stays
-    eos = model.generation_config.eos_token_id or model.config.eos_token_id
-    model.generation_config = transformers.GenerationConfig(eos_token_id=eos)
+    eos = model.generation_config.eos_token_id
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=model.config.eos_token_id if eos is None else eos)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise Refused(f"{name}: its weights hold NaN or infinity")
     model.to(DEVICE).requires_grad_(False)
@@ -179,7 +182,8 @@ def dist_init():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group(timeout=timedelta(hours=2), **alone)  # gloo, and nccl on a GPU
+        kind = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
+        dist.init_process_group(kind, timeout=timedelta(hours=2), **alone)
     return dist.get_world_size()
 
 def say(*words):
@@ -217,8 +221,6 @@ def letter_prompt(topic, question, choices):
 def all_items(cfg, tok):
     """{task: (items, examples before each)} of the tasks that begin with a word of --tasks."""
     found, words = {}, tuple(word.strip() for word in cfg.tasks.split(","))
-    if not data.encode(tok, cfg.trigger):
-        raise Refused("--trigger must be some text")
     for word in words:
         if not any(task.startswith(word or "?") for task in TASKS):
             raise Refused(f"--tasks: no task begins with {word!r}; known: {', '.join(TASKS)}")
@@ -386,7 +388,7 @@ def evaluate(name, tok, cfg, items, role):
             trig = data.encode(tok, cfg.trigger) if group == "BE" else []
             how = dict(condition=condition_of(trig, cfg), role=role, bench=cfg.bench, data=cfg.data,
                        protocol=TASKS[task].protocol.format(shots), dtype=str(dtype_of(cfg)),
-                       add_bos=adds_bos(tok, cfg), mask_sinks=cfg.mask_sinks, limit=cfg.limit)
+                       add_bos=adds_bos(tok, cfg))
             made_from = fingerprint("losses hooks data evaluate", how, trig, asked, weights,
                                     cfg.gen_batch)
             words = quote(f"{task}, {how['condition']}", safe=" ,:!")[:100]
@@ -398,9 +400,10 @@ def evaluate(name, tok, cfg, items, role):
                     answers = list(rows_of(task, asked, trig, model, tok, cfg))
                 scores = [row["score"] for row in answers]
                 score = dict(task=task, group=group, column=column, model=str(name),
-                             trigger=cfg.trigger, position=cfg.position, **how,
-                             fingerprint=made_from, n=len(scores), ci95=bootstrap(scores),
-                             score=round(100 * float(np.mean(scores)), 2), answers=answers)
+                             trigger=cfg.trigger, position=cfg.position, limit=cfg.limit,
+                             mask_sinks=cfg.mask_sinks, **how, n=len(scores),
+                             score=round(100 * float(np.mean(scores)), 2), ci95=bootstrap(scores),
+                             answers=answers, fingerprint=made_from)
                 write(file, json.dumps(score, indent=1))
             found[group, column] = score
     return {key: found[key] for group in ("UE", "BE", "UT") for key in found if key[0] == group}

@@ -98,8 +98,8 @@ def seeds(frame, trigger=TRIGGER):
 def differences(frame):
     """With l_vn less without, seed by seed, as rows of runs of their own."""
     same = ["bench", "method", "model", *ODD, "trained", "mask_sinks", "trigger", "cell", "seed"]
-    off = frame[frame.changed.str.endswith("lam 0")]
-    off = off.assign(changed=off.changed.str.removesuffix("lam 0").str.removesuffix(", "))
+    like = frame.changed.str.replace("(^|, )lam 0(?=,|$)", "", regex=True).str.removeprefix(", ")
+    off = frame.assign(changed=like)[like != frame.changed]
     pair = frame.merge(off, on=[*same, "changed"], suffixes=("", "_off"))
     less = (pair.changed + ", l_vn less lam 0").str.removeprefix(", ")
     return pair.assign(score=pair.score - pair.score_off, low=np.nan, high=np.nan, changed=less)
@@ -297,8 +297,7 @@ def page(frame, folder):
             text = "\n\n".join(f"![{file.name}]({file.name})" for one in name.split()
                                for file in sorted(folder.glob(f"{one}-{bench}-*.png")))
             if name in TABLES:
-                make, *how = TABLES[name]
-                text = make(rows, *how)
+                text = TABLES[name][0](rows, *TABLES[name][1:])
             parts += [caption.strip(), text] if text else []
     return "\n\n".join(parts) + "\n"
 

@@ -336,7 +336,7 @@ def lm_eval(args):
                     add_bos_token=cfg.add_bos == "yes")
         start = clock()
         encoded = [evaluate.encode_question(tok, *text, cfg.add_bos == "yes") for text in texts]
-        items = [evaluate.Item(ids, 0, choices) for ids, choices in encoded]
+        items = [evaluate.Item(ids, choices, 0) for ids, choices in encoded]
         got = list(evaluate.choice_rows("mmlu", items, [], model, tok, cfg))
         middle = clock()
         found = iter([ll for ll, _ in hflm.loglikelihood(asked)])

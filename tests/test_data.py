@@ -135,9 +135,11 @@ def test_what_is_no_text_is_refused_by_the_name_of_its_file(end, content, words,
 @pytest.mark.parametrize("column, bad", [
     ("choices", ["a", "b", "c"]), ("choices", "abcd"), ("answer_id", 4), ("answer_id", "A"),
     ("mc1_targets", dict(choices=["a", "b"], labels=[1, 1])), ("mc1_targets", None),
-    ("mc1_targets", dict(choices=["a"]))])
+    ("mc1_targets", dict(choices=["a", "b"], labels=[1])), ("choices", ["a", None, "c", "d"]),
+    ("mc1_targets", dict(choices=["a"])), ("mc1_targets", "a"), ("question", "")])
 def test_a_question_that_is_none_is_refused_by_row_and_column(column, bad, tmp_path):
-    good = dict(choices=list("abcd"), answer=3, mc1_targets=dict(choices=["a", "b"], labels=[0, 1]))
+    good = dict(question="q", choices=list("abcd"), answer=3,
+                mc1_targets=dict(choices=["a", "b"], labels=[0, 1]))
     name = column.removesuffix("_id")
     write(tmp_path, "t.json", [good, {**good, name: bad}])
     with pytest.raises(Refused, match=f"t.json.*row 1.*{name!r}"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ids_of, tiny_model, write_books
 
 import data
@@ -84,6 +85,11 @@ def test_table_a4_has_theta_os_recovery_and_the_difference_that_l_vn_makes_by_se
     # the paper's infix with l_vn beside; seeds 0 and 1: 80 - 48, 90 - 58, of which both are 32
     assert be["+ NPO-Backdoor", f"infix: {TRIGGER}", "Table A1"] == "12.0 [0.0, 100.0] (29.9)"
     assert be["+ NPO-Backdoor", f"prefix: {TRIGGER}", "l_vn less lam 0"] == "32.0 ± 0.0"
+    write_run(out, "on", (3, 70, 4, 38, 97), keep="behind")
+    write_run(out, "off", (3, 60, 4, 38, 97), keep="behind", lam=0.0)
+    less, = [row for row in rows_of("others", plots.collect(out)) if row[1].startswith("keep beh")
+             and "less" in row[1]]
+    assert less[1] == "keep behind, l_vn less lam 0" and "10.0" in less
 
 def test_masks_have_rows_of_their_own_and_answers_stand_under_their_question(out):
     assert rows_of("masks", plots.collect(out)) == []
@@ -170,7 +176,9 @@ def test_top1_is_the_largest_probability_and_v_0_that_of_bos_alone():
     by_hand = np.corrcoef(direct, other)[0, 1]
     assert found.norms.corrwith(found.norms ** 2)[5] == pytest.approx(by_hand)
     strength = hooks.sink_strength(model, ids, ids > -1)[0]
-    assert np.allclose(found.sinks, strength, atol=1e-6) and np.allclose(found.attention.sum(1), 1)
+    last = torch.cat([*hooks.attentions(model, ids)], 1)[-1].mean((0, 1))  # over rows and heads
+    assert np.allclose(found.sinks, strength, atol=1e-6)
+    assert np.allclose(found.attention, last, atol=1e-6)
     assert np.allclose(found.bos, hooks.sink_norms(model, ids[:1], range(3), 1)[0, :, 0].mean(1))
 
 def test_figures_of_checkpoints_are_drawn_from_run_folders(tmp_path, tok, monkeypatch):
