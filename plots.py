@@ -224,7 +224,7 @@ def measure(model, ids):
         top1=torch.cat(top1).mean(0).cpu().numpy(), bos=norms[0, :, 0].mean(-1).numpy(),
         norms=pd.DataFrame(norms[:, -1].transpose(1, 2).flatten(0, 1).numpy()))       # (N x H, P)
 
-def picture(panels, xlabel, ylabel, scale=""):
+def picture(panels, xlabel, ylabel, scale="", error=None):
     """A row of panels: {title: {label: curve}}, or {title: a map} on one colour scale."""
     fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, layout="constrained",
                              figsize=(max(9, 2 + 3.5 * len(panels)), 4.4))
@@ -233,10 +233,10 @@ def picture(panels, xlabel, ylabel, scale=""):
             top = max(abs(other).max() for other in panels.values())
             low, colors = (-top, "PuOr_r") if "minus" in scale else (0, "cividis")
             image = axis.imshow(panel, aspect="auto", vmin=low, vmax=top, cmap=colors)
-            axis.locator_params(integer=True)
         else:
-            pd.DataFrame(panel).plot(ax=axis, lw=3, alpha=0.7, legend=False)
+            pd.DataFrame(panel).plot(ax=axis, yerr=error, lw=2, alpha=0.7, legend=False)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axis.locator_params("both" if scale else "x", integer=True)
     if scale:
         fig.colorbar(image, ax=axes, label=scale, fraction=0.03, pad=0.01)
     fig.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=5, frameon=False)
@@ -269,8 +269,7 @@ def fig3(frame, out):
     return {"fig3": picture(shift, "key (token)", "query (token)", "attention minus clean"),
             "fig4": picture(top1, "position (token)", "top-1 probability"),
             "fig5": picture(curves, "position (token)", "Pearson correlation"),
-            "norms": pd.DataFrame(bos).plot.bar(
-                xlabel="layer", ylabel="||v_0||, mean over KV heads", rot=0).figure,
+            "norms": picture({"position 0 (BOS)": bos}, "layer", "||v_0||, mean over KV heads"),
             "sinks": picture(sinks, "head", "layer", "attention to position 0")}
 
 def masking(frame, out):
@@ -281,10 +280,9 @@ def masking(frame, out):
         return {}
     stats = stats.assign(half=stats.half.fillna(0), m=stats.cell.str.split().str[-1].astype(int))
     curves = stats.pivot_table(["mean", "half"], "m", "label")
-    axis = curves["mean"].plot(
-        yerr=curves["half"], capsize=3, figsize=(9, 4.8), ylabel="log-likelihood (nats a token)",
-        xlabel="m, positions 1 to m hidden (tokens)")
-    return {"masking": axis.figure}
+    return {"masking": picture(
+        {"clean forget pages": curves["mean"]}, "m, positions 1 to m hidden (tokens)",
+        "log-likelihood (nats a token)", error=curves["half"])}
 
 def page(frame, folder):
     """results.md: captions.md, below each caption its table, or its pictures in `folder`."""
