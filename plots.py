@@ -119,6 +119,7 @@ def table(frame, where, shown):
         key = "; ".join(getattr(row, name) for name in ["model", *shown]), row.cell
         text = f"{row.mean:.1f} ± {row.half:.1f}" if row.seeds > 1 else f"{row.mean:.1f}" + \
             f" [{row.low:.1f}, {row.high:.1f}]" * (row.low == row.low)
+        text = text.replace("-0.0 ", "0.0 ")
         texts.append(text + (f" ({paper[key]:.1f})" if key in paper else ""))
     stats = stats.assign(text=texts, seeds=stats.groupby(index).seeds.transform("max"))
     wide = stats.pivot_table("text", [*index, "seeds"], "cell", "first", "-", sort=False)
