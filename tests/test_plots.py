@@ -47,9 +47,9 @@ def out(tmp_path):
 
 def rows_of(name, frame):
     make, *how = plots.TABLES[name]
-    rows = [line.strip("| ").split(" | ") for line in make(frame, *how).splitlines()]
-    assert len({line.count("|") for line in make(frame, *how).splitlines()}) <= 1
-    return rows
+    lines = make(frame, *how).splitlines()
+    assert len({line.count("|") for line in lines}) <= 1
+    return [line.strip("| ").split(" | ") for line in lines]
 
 def test_seeds_are_averaged_with_students_interval_and_the_papers_value_stands_beside(out):
     write_run(out, "again", (98, 96, 97, 95, 99), "theta_o")  # by another path: no second seed
