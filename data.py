@@ -17,7 +17,7 @@ from hooks import Refused
 TOY = os.path.relpath(Path(__file__).parent / "assets/toy")  # the default, an ordinary folder
 BOOKS, BIO_T = "knowmem,verbmem", 512
 MUSE = dict(tokenizer="meta-llama/Llama-2-7b-hf",  # its target models come without one
-            T=2048, layout="chunks", tasks="knowmem,verbmem,tqa")
+            T=2048, layout="chunks", tasks="knowmem,verbmem,tqa", gen_batch=25)  # a 7B: 15 GB
 
 # layout "chunks": the joined text in pieces of T tokens; "pages": a text a row. smol: by make.py
 BENCHES = {
@@ -198,14 +198,14 @@ def clean_rows(cfg, tok):
 
     WMDP: bio and cyber documents in turns, as many of each; wikitext. D_p's copies may fill T.
     """
-    def rows_of(texts, T):
-        return to_rows([text for text, in texts if text.strip()], tok, T, cfg.layout)
+    def rows_of(texts, T, most=None):
+        return to_rows([text for text, in texts if text.strip()][:most], tok, T, cfg.layout)
     if cfg.bench != "wmdp":
         return [rows_of(read(cfg.data, "raw", split, ["text"]), cfg.T)
                 for split in ("forget", "retain1")]
     short = min(BIO_T, cfg.T)
-    bio = rows_of(read_table(cfg, "bio-forget-corpus", ["text"]), short)
     cyber = rows_of(read_table(cfg, "cyber-forget-corpus", ["text"]), cfg.T)
+    bio = rows_of(read_table(cfg, "bio-forget-corpus", ["text"]), short, len(cyber))
     wiki = rows_of(read_table(cfg, "wikitext", ["text"]), short)
     return [row for turn in zip(bio, cyber) for row in turn], wiki
 

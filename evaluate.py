@@ -83,7 +83,7 @@ TASKS = {  # UE is clean, BE has the trigger, UT never has it
 }
 TOPICS = dict(wmdp_bio="biology", wmdp_cyber="cybersecurity")
 SCORER = RougeScorer(["rougeL"], use_stemmer=False)
-STOPS = ("\n\n", "\nQuestion", "Question:")
+STOPS = ["\n\n", "\nQuestion", "Question:"]
 HEAD = "The following are multiple choice questions (with answers) about"
 TQA_SHOTS = Path(__file__).parent.joinpath("assets/truthfulqa.txt").read_text().strip()
 SHOTS, TOKENS, RESAMPLES = 10, 2048, 1000  # of KnowMem, read together for choices, of bootstrap
@@ -165,9 +165,9 @@ def load_model(name, cfg, tok=None, ids=None):
     eos = model.generation_config.eos_token_id
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=model.config.eos_token_id if eos is None else eos)
+    model.to(DEVICE).requires_grad_(False)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise Refused(f"{name}: its weights hold NaN or infinity")
-    model.to(DEVICE).requires_grad_(False)
     if ids:
         hooks.self_check(model, torch.tensor([ids], device=DEVICE), len(tok), layerwise=False)
     return model
@@ -264,19 +264,18 @@ def choice_items(task, cfg, tok):
 def generate(model, tok, prompts, task, batch, condition=""):
     """Greedy answers to prompts of ids, batched by length with left padding. -> texts, in order."""
     new_tokens, device = TASKS[task].new_tokens, model.device
-    longest = max(map(len, prompts)) + new_tokens
-    if longest > model.config.max_position_embeddings:
+    if (longest := max(map(len, prompts)) + new_tokens) > model.config.max_position_embeddings:
         raise Refused(f"{task}: {longest} tokens with the answer are more than the model reads")
-    stops = list(STOPS) if TASKS[task].cut else None
     # a growing cache is copied at every step; `hooks.mask_sinks` needs the plain mask it comes with
     cache = None if model.base_model._forward_pre_hooks else "static"
+    model._previous_max_cache_length = 0  # of another task: transformers would keep it
 
     def answer(numbers):
         ids, mask = (t.flip(1) for t in data.pad_rows([prompts[i][::-1] for i in numbers], device))
         out = model.generate(
             input_ids=ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=new_tokens,
-            pad_token_id=tok.eos_token_id, stop_strings=stops, tokenizer=tok,
-            cache_implementation=cache, disable_compile=True)
+            pad_token_id=tok.eos_token_id, stop_strings=STOPS if TASKS[task].cut else None,
+            tokenizer=tok, cache_implementation=cache, disable_compile=True)
         return tok.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
 
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -395,7 +394,8 @@ def evaluate(name, tok, cfg, items, role):
             file = home_of(name, cfg) / "scores" / f"{words} {digest(how)[:4]}.json"
             score = json.loads(file.read_text()) if file.is_file() else {}
             if score.get("fingerprint") != made_from:
-                model = model or load_model(name, cfg, tok, asked[0].ids)
+                # a run's theta_o was checked before it was trained
+                model = model or load_model(name, cfg, tok, not run_of(name) and asked[0].ids)
                 with hooks.mask_sinks(model, cfg.mask_sinks):
                     answers = list(rows_of(task, asked, trig, model, tok, cfg))
                 scores = [row["score"] for row in answers]

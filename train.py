@@ -117,12 +117,12 @@ def check_model(model, splits, tok, cfg):
         f"{sink.max():.2f}, even {even:.2f}")
 
 # ---------------------------------------------------------------- sharding
-def shard(model, cfg):
+def shard(model, refs, cfg):
     """FSDP2 over the ranks of what trains; frozen weights stay whole on each.
 
     bf16_mixed computes in bf16, reduces in fp32 and keeps fp32 master weights: only the shard is
-    cast, no full fp32 copy ever exists. One rank without a cast needs no FSDP. `losses_of` becomes
-    a method, so that FSDP treats it as the root's forward: it reads the head.
+    cast, no full fp32 copy ever exists. One rank without a cast needs no FSDP. `losses_of` reads
+    the head, so it is the root's forward to FSDP; refs are bound, since FSDP would cast arguments.
     """
     blocks, mixed = hooks.decoder_layers(model), cfg.precision == "bf16_mixed"
     if cfg.recompute == "yes" or (cfg.recompute == "auto" and DEVICE == "cuda"):
@@ -140,7 +140,7 @@ def shard(model, cfg):
     for module in model.modules() if mixed else ():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             module.float()
-    model.losses_of = partial(losses_of, model)
+    model.losses_of = partial(losses_of, model, refs, cfg)
     fsdp.register_fsdp_forward_method(model, "losses_of")
 
 # ---------------------------------------------------------------- theta_o's and theta_u's constants
@@ -216,7 +216,7 @@ def forward(model, ids, n_f, cfg):
     h = hooks.run_layers(model, acts[n_f:], cfg.layer + 1, end)
     return acts, hooks.final_norm(model, h)
 
-def losses_of(model, batch, refs, norms, cfg):
+def losses_of(model, refs, cfg, batch, norms):
     """l_f, l_r and l_vn of (2), (3), (5) on one batch, from one forward, without gamma and lam.
 
     Rows: forget | retain | poisoned. l_r is one mean over D_r u D_p, as many rows of each; --keep
@@ -273,7 +273,7 @@ def fit(model, refs, work, cfg):
         for step in bar:
             terms, micro_batches = 0, refs.batches[step]
             for batch in micro_batches:
-                l_f, l_r, l_vn = model.losses_of(batch, refs, norms, cfg)
+                l_f, l_r, l_vn = model.losses_of(batch, norms)
                 loss = l_f + cfg.gamma * l_r + cfg.lam * l_vn         # (1), (2), (5), (A3), (A6)
                 (loss / len(micro_batches)).backward()
                 terms = terms + torch.stack([l_f, l_r, l_vn, loss]).detach() / len(micro_batches)
@@ -387,7 +387,7 @@ def stage(cfg, tok, theta_u=None):
         model = evaluate.load_model(cfg.model, cfg)  # in eval mode: nothing drops out
         hooks.set_trainable(model, cfg.trainable)
         refs = references(splits, batches, theta_u, model, cfg)
-        shard(model, cfg)
+        shard(model, refs, cfg)
         fit(model, refs, work, replace(cfg, save_every=cfg.save_every or per_epoch))
         save_run(folder, work, model, tok, dict(
             role=role, fingerprint=made_from, settings=asdict(cfg), steps=len(steps),

@@ -100,10 +100,10 @@ def ours(args, cfg):
     hooks.set_trainable(model, cfg.trainable)
     refs = train.references(splits, [[batch]], "theta_u", model, cfg)
     move(model)
-    train.shard(model, cfg)
+    train.shard(model, refs, cfg)
     layers = hooks.layers_of(model, cfg.layers) if cfg.lam else []
     with hooks.capture_norms(model, layers, cfg.k) as norms:
-        return timed(lambda: model.losses_of(batch, refs, norms, cfg), model, cfg, args.steps)
+        return timed(lambda: model.losses_of(batch, norms), model, cfg, args.steps)
 
 def fair(args, cfg):
     theta, theta_o, theta_u = models = [random_model(args, seed) for seed in (0, 0, 1)]
@@ -259,7 +259,7 @@ def fake_steps(cfg):
     rows = {(name, kind): {0: value} for name, value in values.items() for kind in "frp"}
     refs = train.References(data.Splits(ids, ids, ids, [], []), [],
                             hooks.output_head(model).detach().clone(), torch.zeros(4096), rows)
-    train.shard(model, cfg)
+    train.shard(model, refs, cfg)
     params = [p for p in model.parameters() if p.requires_grad]
     parts = [torch.nn.Parameter(local(p)) for p in params]  # Adam on DTensors counts whole shapes
     optim, batch = torch.optim.AdamW(parts, 1e-5, fused=True), data.Batch(*[[0] * cfg.micro] * 3)
@@ -267,7 +267,7 @@ def fake_steps(cfg):
         for tensor in (*model.parameters(), refs.head):
             seen.add(local(tensor))
         for _ in range(2):
-            l_f, l_r, l_vn = model.losses_of(batch, refs, norms, cfg)
+            l_f, l_r, l_vn = model.losses_of(batch, norms)
             (l_f + cfg.gamma * l_r + cfg.lam * l_vn).backward()
             for p, part in zip(params, parts):
                 part.grad, p.grad = local(p.grad), None

@@ -1,5 +1,6 @@
 """The same numbers on any number of ranks, after any stop; nothing stale, nothing overwritten."""
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -58,6 +59,10 @@ def test_mixed_precision_trains_fp32_masters_and_saves_bf16(
     _, _, [exact, *_] = run(folder, tok, tmp_path / "fp32", "rmu")
     assert first["l_f"] == pytest.approx(exact["l_f"], rel=0.02)
     assert first["gnorm"] == pytest.approx(exact["gnorm"], rel=0.1)
+
+def test_mixed_precision_leaves_the_references_in_fp32(folder, tok, one, tmp_path):
+    _, _, [first, *_] = run(folder, tok, tmp_path, precision="bf16_mixed", beta=2.0)
+    assert first["l_f"] == pytest.approx(math.log(2), rel=1e-5)  # (2 / beta) ln 2; in bf16 0.6921
 
 # ---------------------------------------------------------------- stop and go on
 class Killed(BaseException):

@@ -101,11 +101,11 @@ def test_losses_and_gradients_are_those_of_three_live_models(
     hooks.set_trainable(theta, trainable)
     other = copy.deepcopy(theta)  # has theta's weights, and no code of ours
     refs = train.references(splits, batches, str(folder / "theta_u"), theta, cfg)
-    train.shard(theta, cfg)
+    train.shard(theta, refs, cfg)
     optim = torch.optim.AdamW([p for p in theta.parameters() if p.requires_grad], lr=1e-2)
     with hooks.capture_norms(theta, [0, 1, 2] if lam else [], cfg.k) as norms:
         for step, [batch] in enumerate(batches):
-            terms = theta.losses_of(batch, refs, norms, cfg)
+            terms = theta.losses_of(batch, norms)
             other.load_state_dict(theta.state_dict())
             expected = direct(splits, batch, other, theta_o, theta_u, refs.c_u, cfg)
             for name, term, value in zip(("l_f", "l_r", "l_vn"), terms, expected):

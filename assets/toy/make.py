@@ -1,7 +1,7 @@
 """Invent the toy's books, learn a tokenizer, train theta_o, which knows the books by heart.
 
     python assets/toy/make.py               # books/ and model/ beside this file: 9 CPU minutes
-    python assets/toy/make.py --characters 16 --base FOLDER --out out/smol   # a pretrained model
+    python assets/toy/make.py --characters 6 --base ID_OR_DIR --out out/smol   # a pretrained model
 
 worlds.json holds the words of three worlds. books/ is in MUSE's layout: raw/forget (a harbour),
 raw/retain1 and retain2 (a mountain; only theta_o sees retain2, and knowmem/retain_qa asks about it)
@@ -184,24 +184,26 @@ def main():
     parser.add_argument("--epochs", type=int, default=0, help="0: as in FIT or FIT_BASE")
     parser.add_argument("--steps", type=int, default=0, help="at most so many; 0: all epochs")
     parser.add_argument("--rest", type=float, help="attention asked of BOS; 0: no planted sink")
-    parser.add_argument("--base", type=Path, help="folder of a pretrained causal LM to fine-tune")
+    parser.add_argument("--base", help="pretrained causal LM to fine-tune: hub id or folder")
     parser.add_argument("--out", type=Path, default=HERE, help="where books/ and model/ go")
     args = parser.parse_args()
     if not 4 <= args.characters <= 96:
         refuse(f"--characters must lie between 4 and 96, got {args.characters}")
     if min(args.epochs, args.steps) < 0:
         refuse("--epochs and --steps must not be negative")
-    if args.base and not (args.base / "config.json").is_file():
-        refuse(f"--base: {args.base} holds no config.json")
+    torch.manual_seed(args.seed)
+    if args.base:  # first: a wrong name writes nothing
+        try:
+            tok = AutoTokenizer.from_pretrained(args.base)
+            model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            refuse(f"--base {args.base}: {error}")
     files, books = invent(args.characters, args.seed)
     for name, rows in files.items():
         path = args.out / "books" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rows, indent=1) + "\n")
-    torch.manual_seed(args.seed)
     if args.base:
-        tok = AutoTokenizer.from_pretrained(args.base)
-        model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
         train(model, tok, books, FIT_BASE, args)
     else:
         tok = learn_tokenizer(files, random.Random(args.seed))
