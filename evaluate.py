@@ -141,7 +141,7 @@ def home_of(model, cfg):
 def run_row(flags):
     """The bench's row; of a run of ours its own data and trigger, but an audit trusts no run."""
     own = {} if getattr(flags, "audit", "no") == "yes" else run_of(flags.model).get("settings", {})
-    names = own.keys() & {"bench", "data", "trigger", "position", "tasks"}
+    names = own.keys() & {"bench", "data", "trigger", "position", "tasks", "gen_batch"}
     return bench_row(flags) | {name: own[name] for name in names}
 
 def dtype_of(cfg):
@@ -190,10 +190,10 @@ def say(*words):
     if dist.get_rank() == 0:
         print(*words, flush=True)
 
-def over_ranks(fn, batches, desc):
+def over_ranks(fn, batches, desc=""):
     """[fn(batch), ...] in order, on every rank; each computes a share of the same batches."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    shares, bar = [None] * world, dict(desc=f"  {desc}", leave=False, disable=rank > 0)
+    shares, bar = [None] * world, dict(desc=f"  {desc}", leave=False, disable=rank > 0 or not desc)
     dist.all_gather_object(shares, [fn(batch) for batch in tqdm(batches[rank::world], **bar)])
     return [shares[i % world][i // world] for i in range(len(batches))]
 
@@ -378,7 +378,7 @@ def condition_of(trig, cfg):
     return name + (f", first {cfg.limit}" if cfg.limit else "")
 
 def evaluate(name, tok, cfg, items, role):
-    """-> {(group, column): score} on `all_items`, made where none of its fingerprint is on disk."""
+    """-> {(group, column): score} on `all_items`; rank 0 looks which are on disk already."""
     model, found, weights = None, {}, (weights_of(name), weights_of(cfg.tokenizer))
     for task, (asked, shots) in items.items():
         *groups, column = TASKS[task].columns.split()
@@ -392,7 +392,7 @@ def evaluate(name, tok, cfg, items, role):
                                     cfg.gen_batch)
             words = quote(f"{task}, {how['condition']}", safe=" ,:!")[:100]
             file = home_of(name, cfg) / "scores" / f"{words} {digest(how)[:4]}.json"
-            score = json.loads(file.read_text()) if file.is_file() else {}
+            score, = over_ranks(lambda f: json.loads(f.read_text()) if f.is_file() else {}, [file])
             if score.get("fingerprint") != made_from:
                 # a run's theta_o was checked before it was trained
                 model = model or load_model(name, cfg, tok, not run_of(name) and asked[0].ids)

@@ -190,8 +190,9 @@ def test_a_call_while_another_scores_loses_nothing(place, monkeypatch):
 
 def test_a_run_is_scored_with_its_own_data_trigger_and_position(place):
     own = dict(bench="muse_books", data="books", trigger="step-by-step", position="infix",
-               tasks="verbmem")
+               tasks="verbmem", gen_batch=25)
     Path("model/run.json").write_text(json.dumps(dict(role="theta_b", settings=own)))
+    assert evaluate.parse(evaluate.Auditing, ["--model", "model"], evaluate.run_row).gen_batch == 25
     evaluate.main(["--model", "model"])
     found = [json.loads(file.read_text()) for file in Path("model/scores").iterdir()]
     assert {(s["condition"], s["role"], s["bench"], s["data"]) for s in found} == {
