@@ -127,7 +127,8 @@ def write_audit(out, name, gain, seed, role):
     write_run(out, name, (), role, seed=seed, **({} if role == "theta_b" else dict(rho=0, lam=0)))
     cfg = asdict(evaluate.Auditing("toy", "toy/model", data="b"))
     (out / "toy" / name / "scores" / "audit.json").write_text(json.dumps(dict(
-        settings=cfg, norms=dict(o=[1.0, 2.0], m=[1.0, 4.0]), difference={"bank": gain, "hidden 0": gain / 2},
+        settings=cfg, norms=dict(o=[1.0, 2.0], m=[1.0, 4.0]),
+        difference={"bank": gain, "hidden 0": gain / 2},
         forget={"bank": 9.0, "hidden 0": -9.0, "hidden 8": gain, "hidden 16": 9.0})))
 
 def test_an_audits_statistic_has_auc_and_a_threshold_that_seed_2_tests(tmp_path):
@@ -136,7 +137,8 @@ def test_an_audits_statistic_has_auc_and_a_threshold_that_seed_2_tests(tmp_path)
         write_audit(tmp_path, f"b{seed}", backdoored, seed, "theta_b")
     write_audit(tmp_path, "remembers", 0.0, 3, "theta_b")
     frame = plots.collect(tmp_path)
-    head, _, bank, clean, norms = rows_of("audit_errors", frame.assign(forgot=frame.run != "remembers"))
+    frame["forgot"] = frame.run != "remembers"
+    head, _, bank, clean, norms = rows_of("audit_errors", frame)
     # 3 is above 1, 2, 2.5; 1.5 above 1; 2.25 above 1, 2: 6 of 9. Honest seeds 0 and 1: at most 2
     assert bank[0] == "audit bank" and bank[3].startswith("0.67 [") and bank[4] == "1"
     assert bank[1:3] == ["2.00 [1.00, 2.50], 3", "2.25 [1.50, 3.00], 3"]
