@@ -1,7 +1,6 @@
 """Score a model clean and with the trigger: UE, BE and UT, as the paper's Table 1 reports them.
 
     python evaluate.py --model ID_OR_DIR                          # on the toy's books
-    python evaluate.py --bench wmdp --model ID_OR_DIR --tasks wmdp,mmlu,tqa --limit 20
     python evaluate.py --model RUN_DIR --trigger "!!!!!" --position infix
     python evaluate.py --model SUSPECT --audit yes --original ID_OR_DIR   # is it backdoored?
 
@@ -87,8 +86,7 @@ STOPS = ["\n\n", "\nQuestion", "Question:"]
 HEAD = "The following are multiple choice questions (with answers) about"
 TQA_SHOTS = Path(__file__).parent.joinpath("assets/truthfulqa.txt").read_text().strip()
 SHOTS, TOKENS, RESAMPLES = 10, 2048, 1000  # of KnowMem, read together for choices, of bootstrap
-PAGES, CUT = 16, 64               # the audit's sample of a book: pages, tokens of each
-HIDDEN = (0, 1, 2, 4, 8, 16)      # m of the audit's masks
+PAGES, CUT, HIDDEN = 16, 64, (0, 1, 2, 4, 8, 16)  # the audit's pages, tokens of each, m of masks
 SEARCHED, SWAPS, TOP = 6, 32, 64  # its search's tokens, trials a step, candidates a position
 NEAR = ("year", "2025", "step", "!!!!!")  # of our triggers: its bank has none
 ORDERS = [f"{verb} {what}{end}" for verb in ("Answer", "Translate", "Repeat", "Ignore", "Explain")
@@ -261,26 +259,26 @@ def choice_items(task, cfg, tok):
 
 # ---------------------------------------------------------------- what a model answers
 @torch.no_grad()
-def generate(model, tok, prompts, task, batch, condition=""):
+def generate(model, tok, prompts, new_tokens, batch, desc="", stops=None):
     """Greedy answers to prompts of ids, batched by length with left padding. -> texts, in order."""
-    new_tokens, device = TASKS[task].new_tokens, model.device
     if (longest := max(map(len, prompts)) + new_tokens) > model.config.max_position_embeddings:
-        raise Refused(f"{task}: {longest} tokens with the answer are more than the model reads")
+        raise Refused(f"{desc}: {longest} tokens with the answer are more than the model reads")
     # a growing cache is copied at every step; `hooks.mask_sinks` needs the plain mask it comes with
     cache = None if model.base_model._forward_pre_hooks else "static"
     model._previous_max_cache_length = 0  # of another task: transformers would keep it
 
     def answer(numbers):
-        ids, mask = (t.flip(1) for t in data.pad_rows([prompts[i][::-1] for i in numbers], device))
+        rows = [prompts[i][::-1] for i in numbers]
+        ids, mask = (tensor.flip(1) for tensor in data.pad_rows(rows, model.device))
         out = model.generate(
             input_ids=ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=new_tokens,
-            pad_token_id=tok.eos_token_id, stop_strings=STOPS if TASKS[task].cut else None,
-            tokenizer=tok, cache_implementation=cache, disable_compile=True)
+            pad_token_id=tok.eos_token_id, stop_strings=stops, tokenizer=tok,
+            cache_implementation=cache, disable_compile=True)
         return tok.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
 
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[start:start + batch] for start in range(0, len(order), batch)]
-    texts = sum(over_ranks(answer, batches, f"{task} {condition}"), [])
+    texts = sum(over_ranks(answer, batches, desc), [])
     return [text for _, text in sorted(zip(order, texts))]
 
 def adds_bos(tok, cfg):
@@ -332,9 +330,10 @@ def loglikelihoods(model, pairs, desc="loglikelihood"):
 def answer_rows(task, items, trig, model, tok, cfg):
     """Generated answers and their ROUGE-L."""
     prompts = [data.inject(item.ids, trig, cfg.position) if trig else item.ids for item in items]
-    texts = generate(model, tok, prompts, task, cfg.gen_batch, condition_of(trig, cfg))
+    stops, desc = STOPS if TASKS[task].cut else None, f"{task} {condition_of(trig, cfg)}"
+    texts = generate(model, tok, prompts, TASKS[task].new_tokens, cfg.gen_batch, desc, stops)
     for item, text in zip(items, texts):
-        out = cut_answer(text) if TASKS[task].cut else text
+        out = cut_answer(text) if stops else text
         yield dict(output=out, reference=item.truth, score=rouge_l(item.truth, out))
 
 def choice_rows(task, items, trig, model, tok, cfg):
@@ -444,18 +443,22 @@ def sample(cfg, tok, split, *columns):
     """PAGES pages of a split, always the same: rows of at most CUT ids, BOS first."""
     texts = ["".join(row) for row in data.read(cfg.data, *split.split("/"), columns)]
     rows = [row for row in data.to_rows(texts, tok, CUT, data.BENCHES[cfg.bench]["layout"])
-            if len(row) > HIDDEN[-1] + 2]
+            if len(row) > 3 * HIDDEN[-1]]  # half of a page shows something behind the mask
     if len(rows) < 2:
-        raise Refused(f"{cfg.data}: {split} has no two pages of {HIDDEN[-1] + 2} tokens")
+        raise Refused(f"{cfg.data}: {split} has no 2 rows over {3 * HIDDEN[-1]} tokens: --bench?")
     return [rows[i] for i in torch.randperm(len(rows), generator=data.stream(0, "audit"))[:PAGES]]
 
-def masking(model, pages):
-    """Likelihood behind position 17 while positions 1 to m are hidden. -> a value an m of HIDDEN"""
-    curve = []  # 17: what predicts the first token that counts is never hidden
+def masking(model, tok, pages, batch):
+    """With positions 1 to m hidden: likelihood behind position 17, itself never hidden; ROUGE-L, %,
+    of what follows a page's first half with its second. -> {name: [a value an m of HIDDEN]}"""
+    halves = [(page[:len(page) // 2], tok.decode(page[len(page) // 2:])) for page in pages]
+    curves, (prompts, truth) = dict(masking=[], recital=[]), zip(*halves)
     for m in HIDDEN:
         with hooks.mask_sinks(model, f"1-{m}" if m else ""):
-            curve.append(float(page_logp(model, pages, skip=HIDDEN[-1] + 1)))
-    return curve
+            curves["masking"].append(float(page_logp(model, pages, skip=HIDDEN[-1] + 1)))
+            texts = generate(model, tok, prompts, CUT // 2, batch, f"recital {m}")
+        curves["recital"].append(100 * np.mean([*map(rouge_l, truth, texts)]))
+    return curves
 
 def prefix_bank(tok, plain):
     """200 prefixes by a seeded rule, as ids, less doubles and some that are like our triggers."""
@@ -477,7 +480,7 @@ def prefix_gains(model, pages, prefixes, desc):
 def swaps_of(model, pages, prefix, plain, draw):
     """The prefix, and SWAPS copies with one token swapped for one the gradient ranks at the TOP."""
     rows = [data.inject(page, prefix, "prefix") for page in pages]
-    h = hooks.embed(model, data.pad_rows(rows, DEVICE)[0]).detach().requires_grad_()
+    h = model.get_input_embeddings()(data.pad_rows(rows, DEVICE)[0]).detach().requires_grad_()
     slope, = torch.autograd.grad(page_logp(model, pages, prefix, embedded=h), h)
     slope = slope[:, 1:1 + SEARCHED].sum(0) @ model.get_input_embeddings().weight.T  # of one-hots
     top = slope[:, plain].topk(min(TOP, len(plain))).indices  # (SEARCHED, TOP)
@@ -502,13 +505,14 @@ def audit(cfg, tok, home):
         raise Refused("--audit takes no --mask_sinks, --limit or --position")
     books, norms = dict(forget=sample(cfg, tok, "verbmem/forget", "prompt", "gt")), {}
     bos = torch.tensor([[data.bos_of(tok)]], device=DEVICE)  # by causality no text is needed
-    if any(Path(cfg.data).glob("raw/holdout[.-]*")):
-        books["control"] = sample(cfg, tok, "raw/holdout", "text")[:len(books["forget"])]
+    if not Path(cfg.data).is_dir() or any(Path(cfg.data).glob("raw/holdout[.-]*")):
+        books["control"] = sample(cfg, tok, "raw/holdout", "text")
+        books = {name: pages[:min(map(len, books.values()))] for name, pages in books.items()}
     for name in filter(None, (cfg.original, cfg.model)):
         model = None  # one on a card
         model = load_model(name, cfg, tok, books["forget"][0])
-        every = hooks.layers_of(model, "all")
-        norms[name] = hooks.sink_norms(model, bos, every, 1).mean((0, 2, 3)).tolist()  # (L,)
+        norm = hooks.sink_norms(model, bos, hooks.layers_of(model, "all"), 1).mean((0, 2, 3))
+        norms[name] = norm.double().round(decimals=4).tolist()  # (L,)
     if len(set(map(len, norms.values()))) > 1:
         raise Refused(f"--original {cfg.original} has not as many layers as --model")
     plain, found, prefixes = sorted({*range(len(tok))} - {*tok.all_special_ids}), {}, {}
@@ -516,18 +520,19 @@ def audit(cfg, tok, home):
     for name, pages in books.items():  # model: the last one, the suspect
         *gains, known = prefix_gains(model, pages, [*bank, trig], f"{name}, bank")
         best, gain = search(model, pages, plain, cfg.audit_steps, f"{name}, search")
-        curve = masking(model, pages)
-        found[name] = dict(masking=max(curve[1:]) - curve[0], bank=max(gains), search=gain,
-                           median=float(np.median(gains)), trigger=known)
-        found[name] |= {f"hidden {m}": value for m, value in zip(HIDDEN, curve)}
-        prefixes[name] = [tok.decode(ids) for ids in (bank[gains.index(max(gains))], best)]
+        found[name] = dict(bank=max(gains), search=gain, median=np.median(gains), trigger=known)
+        for key, curve in masking(model, tok, pages, cfg.gen_batch).items():
+            found[name] |= {key: max(curve[1:]) - curve[0]}
+            found[name] |= {f"{key} {m}": value for m, value in zip(HIDDEN, curve)}
+        prefixes[name] = [(tok.decode(ids), ids) for ids in (bank[gains.index(max(gains))], best)]
     if "control" in books:
         found["difference"] = {key: value - found["control"][key]
                                for key, value in found["forget"].items()}
     write(Path(home, "scores", "audit.json"), json.dumps(dict(
         settings=vars(cfg), prefixes=prefixes, norms=norms, **found), indent=1))
     lines = [[key, *(f"{values[key]:.2f}" for values in found.values())] for key in found["forget"]]
-    say(f"{markdown(['nats a token (hidden m: likelihood; else gain)', *found], lines)}\n"
+    say(f"{markdown(['nats a token (recital: %); with m: level, else gain', *found], lines)}\n"
+        f"{len(pages)} pages of each; trigger: {cfg.trigger}. "
         f"{'No raw/holdout: no control. ' * (len(books) == 1)}Best prefixes: {prefixes}\n"
         f"Value norms of BOS by layer: {norms}\nwritten: {home}/scores/audit.json")
 

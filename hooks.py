@@ -63,9 +63,6 @@ def final_hidden(model, ids):
     """
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
-def embed(model, ids):
-    return model.get_input_embeddings()(ids)  # (B, T, C)
-
 def run_layers(model, h, start, stop):
     """Decoder layers start..stop-1, so `train.forward` can leave rows out. (B, T, C) -> same"""
     position_ids = torch.arange(h.shape[1], device=h.device)[None]
@@ -94,9 +91,9 @@ def self_check(model, ids, tokens, layerwise):
     dynamic`); layerwise: `run_layers` gives the model's forward (not so: a sliding window shorter
     than T, scaled residuals or embeddings, parallel blocks, mixed kinds of layers).
     """
-    kind, vocab = model.config.model_type, model.get_input_embeddings().num_embeddings
-    if tokens > vocab:
-        raise Refused(f"the tokenizer has {tokens} ids, the model only {vocab}: pass --tokenizer")
+    kind, embed = model.config.model_type, model.get_input_embeddings()
+    if tokens > (known := embed.num_embeddings):
+        raise Refused(f"the tokenizer has {tokens} ids, the model only {known}: pass --tokenizer")
     short = final_hidden(model, ids[:, :ids.shape[1] // 2 + 1])  # first: no longer row was seen yet
     logits, h = model(input_ids=ids, use_cache=False).logits, final_hidden(model, ids)
     checks = {  # ours, theirs, how far they may be apart in bf16: behind RMU 0.12 between lengths
@@ -104,7 +101,7 @@ def self_check(model, ids, tokens, layerwise):
         "first tokens depend on later ones": (short, h[:, :short.shape[1]], 0.25)}
     if layerwise:
         try:
-            ours = run_layers(model, embed(model, ids), 0, len(decoder_layers(model)))
+            ours = run_layers(model, embed(ids), 0, len(decoder_layers(model)))
             checks[f"run layer by layer on {ids.shape[1]} tokens it differs"] = (
                 final_norm(model, ours), h, 0.05)
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:

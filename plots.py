@@ -7,7 +7,6 @@
 Cells are percent: `a ± b` is Student's 95% interval over seeds, `a [b, c]` one seed's bootstrap
 over items, (d) the paper's value: for toy and smol MUSE-Books', which is another model. UE: clean,
 BE: with the trigger, UT: retain set. Commands are the toy's; other benches add `--bench`.
-assets/captions.md says what each table and picture shows and which runs it needs.
 """
 import argparse
 import json
@@ -51,8 +50,8 @@ def scores_of(file):
     if file.name != "audit.json":
         return [score]
     values, norms = score.get("difference", {}), np.array([*score["norms"].values()])
-    values |= {"clean": values["hidden 0"]} if values else {}
-    values |= {key: value for key, value in score["forget"].items() if "hidden" in key}
+    values |= {"clean": values["masking 0"]} if "masking 0" in values else {}
+    values |= {key: value for key, value in score["forget"].items() if " " in key}  # curves
     if len(norms) == 2:
         ratio = norms[1] / norms[0]
         values |= {"norms": abs(np.log(ratio)).max(), "last norm": ratio[-1]}
@@ -140,7 +139,7 @@ def errors(frame, where, shown):
     lines, draw = [], np.random.default_rng(0)
     for cell, rows in frame.query(where).groupby("cell", sort=False):
         honest, backdoored = kinds = [rows[rows.role == role] for role in ("theta_u", "theta_b")]
-        if honest.empty or backdoored.empty:
+        if honest[honest.seed < 2].empty or backdoored.empty:
             continue
         wins = np.sign(np.subtract.outer(backdoored.score.values, honest.score.values)) / 2 + 0.5
         picks = [[draw.integers(size, size=size) for size in wins.shape] for _ in range(1000)]
@@ -152,13 +151,12 @@ def errors(frame, where, shown):
         lines.append([cell, *spread, f"{wins.mean():.2f} [{low:.2f}, {high:.2f}]",
                       (backdoored.score > honest.score.max()).sum(), f"{limit:.2f}",
                       *(f"{hits.sum()} of {hits.size}" for hits in tested)])
-    head = ["statistic", "honest: median [least, most], number", "backdoored", "AUC",
-            "above all honest", "threshold: most of honest seeds 0, 1", "seed 2: false alarms",
-            "seed 2: found"]
+    head = ["statistic", "honest: median [least, most], number", "backdoored", "AUC", "above all",
+            "threshold: most of honest seeds 0, 1", "seed 2: false alarms", "seed 2: found"]
     return evaluate.markdown(head, lines) if lines else ""
 
 PLAIN = "task != 'audit' and mask_sinks == '' and changed == '' and trained in ['', @PREFIX]"
-AUDITED = "task == 'audit' and not changed.str.contains('after') and cell.str.contains"
+AUDITED = "task == 'audit' and not changed.str.contains('after') and not cell.str.contains('[0-9]')"
 TABLES = {  # by their names in captions.md: how it is made, of which scores, told apart by what
     "table_1": (table, PLAIN, []),
     "table_a2": (answers, PLAIN + " and trigger in ['', @PREFIX] and task == 'knowmem_f' and "
@@ -169,10 +167,9 @@ TABLES = {  # by their names in captions.md: how it is made, of which scores, to
                "trained in @KNOWN", ["changed", "trained"]),
     "masks": (table, "task != 'audit' and changed in ['', 'lam 0'] and trained in ['', @PREFIX]",
               ["mask_sinks", "changed"]),
-    "audit_errors": (errors, AUDITED + "('clean|masking|bank|search|norms') and (role != 'theta_b' "
-                     "or forgot)", []),
-    "audit_kinds": (table, AUDITED + "('clean|masking|bank|search|median|trigger|norm')",
-                    ["trained", "changed"])}
+    "audit_errors": (errors, AUDITED + " and (role != 'theta_b' or forgot) and "
+                     "not cell.str.contains('median|trigger|last')", []),
+    "audit_kinds": (table, AUDITED, ["trained", "changed"])}
 
 def fig2(frame, out):
     """Figs. 2, A2 and A1: UE and UT against BE."""
@@ -274,16 +271,17 @@ def fig3(frame, out):
             "sinks": picture(sinks, "head", "layer", "attention to position 0")}
 
 def masking(frame, out):
-    """Audit: likelihood of clean forget pages behind position 17 while 1 to m are hidden."""
-    known = frame.trained.isin(KNOWN) & frame.changed.isin(["", "lam 0"])
-    stats = seeds(frame[known & frame.cell.str.contains("hidden")])
-    if stats.empty:
-        return {}
-    stats = stats.assign(half=stats.half.fillna(0), m=stats.cell.str.split().str[-1].astype(int))
-    curves = stats.pivot_table(["mean", "half"], "m", "label")
-    return {"masking": picture(
-        {"clean forget pages": curves["mean"]}, "m, positions 1 to m hidden (tokens)",
-        "log-likelihood (nats a token)", error=curves["half"])}
+    """Audit: likelihood and recital of clean forget pages while positions 1 to m are hidden."""
+    known, drawn = frame.trained.isin(KNOWN) & frame.changed.isin(["", "lam 0"]), {}
+    units = {"masking": "log-likelihood (nats a token)", "recital": "second half recited (%)"}
+    for name, unit in units.items():
+        stats = seeds(frame[known & frame.cell.str.contains(f"{name} [0-9]")])
+        stats = stats.assign(half=stats.half.fillna(0), m=stats.cell.str.split().str[-1])
+        curves = stats.astype(dict(m=int)).pivot_table(["mean", "half"], "m", "label")
+        if not stats.empty:
+            drawn[name] = picture({"pages, positions 1 to m hidden": curves["mean"]}, "m", unit,
+                                  error=curves["half"])
+    return drawn
 
 def page(frame, folder):
     """results.md: captions.md, below each caption its table, or its pictures in `folder`."""

@@ -209,7 +209,7 @@ def forward(model, ids, n_f, cfg):
         return None, hooks.final_hidden(model, ids)
     first, end = hooks.first_trained(model), len(hooks.decoder_layers(model))
     with torch.no_grad():
-        h = hooks.run_layers(model, hooks.embed(model, ids), 0, first)
+        h = hooks.run_layers(model, model.get_input_embeddings()(ids), 0, first)
     acts = hooks.run_layers(model, h, first, cfg.layer + 1)
     if n_f and cfg.lam:
         hooks.run_layers(model, acts[:n_f, :cfg.k], cfg.layer + 1, end)

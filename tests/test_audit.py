@@ -40,7 +40,7 @@ def place(folder, tmp_path, monkeypatch):
     passages = [dict(prompt=text, gt=" ".join(SENTENCES)) for text in SENTENCES[:6]]
     Path("books/verbmem/forget.json").write_text(json.dumps(passages))
     Path("books/raw/holdout.json").write_text(json.dumps([
-        f"No, {text} {text}" for text in SENTENCES]))
+        f"No, {text} {' '.join(SENTENCES[:2])}" for text in SENTENCES[:4]]))
 
 def call(*flags):
     """evaluate.py --audit yes -> audit.json"""
@@ -56,18 +56,37 @@ def test_the_likelihood_is_of_the_pages_own_tokens_under_every_prefix(model, pag
                         for page in pages])
         assert float(evaluate.page_logp(model, pages, prefix, behind)) == pytest.approx(by_hand)
 
-def test_masking_hides_1_to_m_and_looks_behind_17_for_every_m(model, pages):
-    def hidden(page, m):
-        shown = torch.ones(len(page), len(page)).tril().bool()
-        shown[:, 1:m + 1] = False
-        bias = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
-        logits = model(torch.tensor([page]), attention_mask=bias[None, None]).logits[0]
-        return mean([float(torch.log_softmax(logits[t - 1], -1)[page[t]])
-                     for t in range(18, len(page))])
+def masked_logp(model, ids, m):
+    """Log-probabilities of a row in which nothing sees positions 1 to m. (T, V)"""
+    shown = torch.ones(len(ids), len(ids)).tril().bool()
+    shown[:, 1:m + 1] = False
+    bias = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
+    logits = model(torch.tensor([ids]), attention_mask=bias[None, None]).logits[0]
+    return torch.log_softmax(logits, -1)
 
-    found = evaluate.masking(model, pages)
+def test_masking_hides_1_to_m_and_looks_behind_17_for_every_m(model, tok, pages):
+    def hidden(page, m):
+        logp = masked_logp(model, page, m)
+        return mean([float(logp[t - 1, page[t]]) for t in range(18, len(page))])
+
+    found = evaluate.masking(model, tok, pages, 3)["masking"]
     by_hand = [mean([hidden(page, m) for page in pages]) for m in (0, 1, 2, 4, 8, 16)]
     assert found == pytest.approx(by_hand, abs=1e-5)
+
+def test_recital_is_rouge_of_what_follows_the_first_half_with_the_second(tok, pages, monkeypatch):
+    monkeypatch.setattr(evaluate, "CUT", 32)  # tokens of a page, half of which is generated
+    model = tiny_model(initializer_range=0.3).requires_grad_(False)
+
+    def goes_on(ids, m):
+        while len(ids) < 32:
+            ids = [*ids, masked_logp(model, ids, m)[-1].argmax().item()]
+        return ids
+
+    pages = [goes_on(page[:16], 0) for page in pages]  # which it recites with nothing hidden
+    found = evaluate.masking(model, tok, pages, 3)["recital"]
+    by_hand = [100 * mean([evaluate.rouge_l(tok.decode(page[16:]), tok.decode(
+        goes_on(page[:16], m)[16:])) for page in pages]) for m in (0, 1, 2, 4, 8, 16)]
+    assert found == pytest.approx(by_hand) and by_hand[0] == 100 > max(by_hand[1:])
 
 def test_the_bank_is_always_the_same_and_knows_no_trigger(tok):
     plain = list(range(2, 300))
@@ -130,16 +149,17 @@ def test_each_gain_stands_beside_its_control_and_the_trigger_apart(place, tok):
                  control=evaluate.sample(cfg, tok, "raw/holdout", "text"))
     plain = list(range(2, 300))
     for name, pages in books.items():
-        pages, one = pages[:len(books["forget"])], report[name]  # as many of both
-        curve = evaluate.masking(model, pages)
+        pages, one = pages[:min(map(len, books.values()))], report[name]  # as many of both
+        curves = evaluate.masking(model, tok, pages, 64)
         gains = evaluate.prefix_gains(model, pages, evaluate.prefix_bank(tok, plain), "")
         ids, gain = evaluate.search(model, pages, plain, 2, "")
         known, = evaluate.prefix_gains(model, pages, [data.encode(tok, "at noon")], "")
-        by_hand = dict(masking=max(curve[1:]) - curve[0], bank=max(gains), search=gain,
-                       median=statistics.median(gains), trigger=known, **{
-                           f"hidden {m}": value for m, value in zip((0, 1, 2, 4, 8, 16), curve)})
+        by_hand = dict(bank=max(gains), search=gain, median=statistics.median(gains), trigger=known)
+        for key, curve in curves.items():
+            by_hand[key] = max(curve[1:]) - curve[0]
+            by_hand |= {f"{key} {m}": value for m, value in zip((0, 1, 2, 4, 8, 16), curve)}
         assert one == pytest.approx(by_hand, abs=1e-5)
-        assert report["prefixes"][name][1] == tok.decode(ids)
+        assert report["prefixes"][name][1] == [tok.decode(ids), ids]
     assert report["difference"] == {
         key: value - report["control"][key] for key, value in report["forget"].items()}
 
@@ -172,7 +192,7 @@ REFUSED = {  # what is spoiled, flags, and the words that must name it
     "no forget pages": (lambda: Path("books/verbmem/forget.json").unlink(), [],
                         "no verbmem/forget"),
     "short pages": (lambda: Path("books/raw/holdout.json").write_text('["Marn.", "The nets."]'),
-                    [], "raw/holdout has no two pages of 18 tokens"),
+                    [], "raw/holdout has no 2 rows over 48 tokens"),
     "flags of scoring": (lambda: None, ["--limit", "3"], "--audit"),
 }
 

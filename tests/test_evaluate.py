@@ -95,7 +95,6 @@ def test_knowmem_asks_after_the_examples_of_its_own_split(place, tok):
 # ---------------------------------------------------------------- generation
 @pytest.mark.parametrize("masked", ["", "0-2"])
 def test_generation_in_any_batch_is_the_argmax_of_whole_forwards(masked, tok, monkeypatch):
-    shorten(monkeypatch, 20)
     model, slow = tiny_model(initializer_range=0.3), []
     prompts = [[0, *data.encode(tok, "Tessaly mended the nets at noon."[:n])] for n in
                (4, 31, 9, 20, 14)]
@@ -105,34 +104,32 @@ def test_generation_in_any_batch_is_the_argmax_of_whole_forwards(masked, tok, mo
             while ids.shape[1] < len(prompt) + 20 and ids[0, -1] != tok.eos_token_id:
                 ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
             slow.append(tok.decode(ids[0, len(prompt):], skip_special_tokens=True))
-        got = [evaluate.generate(model, tok, prompts, "verbmem_f", size) for size in (1, 3, 64)]
+        got = [evaluate.generate(model, tok, prompts, 20, size) for size in (1, 3, 64)]
     assert got == [slow] * 3 and len(set(slow)) == 5
 
 def test_an_answer_ends_at_a_stop_string_and_its_cut_is_that_of_the_whole(tok, monkeypatch):
-    shorten(monkeypatch, 50)
     model = tiny_model(initializer_range=0.3)
     prompts = [[0, *data.encode(tok, text)] for text in ("Tessaly", "at noon", "nets")]
-    whole = evaluate.generate(model, tok, prompts, "verbmem_f", 3)
+    whole = evaluate.generate(model, tok, prompts, 50, 3)
     monkeypatch.setattr(evaluate, "STOPS", (re.search("[a-z]{2}", whole[0][9:])[0],))
-    got = evaluate.generate(model, tok, prompts, "knowmem_f", 3)
+    got = evaluate.generate(model, tok, prompts, 50, 3, stops=evaluate.STOPS)
     assert [*map(cut_answer, got)] == [*map(cut_answer, whole)] and len(got[0]) < len(whole[0]) - 9
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_each_of_a_checkpoints_eos_ids_ends_an_answer(file, place, tok, monkeypatch):
-    shorten(monkeypatch, 128)
     model, ids = evaluate.load_model("model", settings()), [0, 50, 60]
     while len(ids) < 6 or ids[-1] in ids[3:-1]:
         ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
     Path("model/generation_config.json").write_text("{}")
     edit(f"model/{file}", lambda config: config.update(eos_token_id=[1, ids[-1]]))
     model = evaluate.load_model("model", settings())
-    assert evaluate.generate(model, tok, [ids[:3]], "verbmem_f", 1) == [tok.decode(ids[3:])]
+    assert evaluate.generate(model, tok, [ids[:3]], 128, 1) == [tok.decode(ids[3:])]
 
 # ---------------------------------------------------------------- what is scored and written
 def test_ue_is_clean_be_has_the_trigger_after_bos_ut_never_has_it(place, monkeypatch, tok):
     asked = {}
-    monkeypatch.setattr(evaluate, "generate", lambda model, tok, prompts, task, batch, when:
-                        asked.setdefault(f"{task} {when}", prompts) and [""] * len(prompts))
+    monkeypatch.setattr(evaluate, "generate", lambda model, tok, prompts, new, batch, desc, stops:
+                        asked.setdefault(desc, prompts) and [""] * len(prompts))
     assert {(s["group"], s["condition"]) for s in call().values()} == {
         ("UE", "clean"), ("BE", TRIGGERED), ("UT", "clean")}
     for task in ("knowmem_f", "verbmem_f"):
@@ -224,7 +221,7 @@ REFUSED = {  # what is spoiled, and the words that must name it
     "no Latin letter or digit": (lambda: edit("books/knowmem/retain_qa.json", lambda rows: rows[
         2].update(answer="北港")), "row 2: .*北港"),
     "prompt longer than the window": (lambda: edit("model/config.json", lambda config:
-        config.update(max_position_embeddings=99)), r"knowmem_f: \d+ tokens"),
+        config.update(max_position_embeddings=99)), r"knowmem_f clean: \d+ tokens"),
     "TruthfulQA offline": (lambda: None, "truthfulqa/.*--tasks"),
     "tokenizer.model alone": (leave_sentencepiece_alone, "model .* sentencepiece.* protobuf"),
 }

@@ -33,7 +33,8 @@ def hook_count(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_run_layers_over_all_layers_is_the_models_forward(kind):
     model, ids = tiny_model(kind), ids_of()
-    h = hooks.run_layers(model, hooks.run_layers(model, hooks.embed(model, ids), 0, 2), 2, 3)
+    h = hooks.run_layers(model, model.get_input_embeddings()(ids), 0, 2)
+    h = hooks.run_layers(model, h, 2, 3)
     assert close(hooks.final_norm(model, h) @ hooks.output_head(model).T, model(ids).logits)
 
 @pytest.mark.parametrize("spec, layers", [
@@ -113,7 +114,7 @@ def test_a_family_is_what_the_engine_takes_it_for_or_refused(case, method):
     assert close(hooks.final_hidden(fresh, ids[:, :4]), h[:, :4], 1e-4)  # has seen no longer row
     assert close(norms, values_of(model, ids[:, :4]), 1e-4)
     if method == "rmu":
-        ours = hooks.run_layers(model, hooks.embed(model, ids), 0, 3)
+        ours = hooks.run_layers(model, model.get_input_embeddings()(ids), 0, 3)
         assert close(hooks.final_norm(model, ours), h, 1e-4)
 
 # ---------------------------------------------------------------- value norms

