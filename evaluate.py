@@ -138,9 +138,9 @@ def home_of(model, cfg):
 
 def run_row(flags):
     """The bench's row; of a run of ours its own data and trigger, but an audit trusts no run."""
-    own = {} if getattr(flags, "audit", "no") == "yes" else run_of(flags.model).get("settings", {})
-    names = own.keys() & {"bench", "data", "trigger", "position", "tasks", "gen_batch"}
-    return bench_row(flags) | {name: own[name] for name in names}
+    run = {} if getattr(flags, "audit", "no") == "yes" else run_of(flags.model).get("settings", {})
+    names = run.keys() & {"bench", "data", "trigger", "position", "tasks", "gen_batch"}
+    return bench_row(flags) | {name: run[name] for name in names}
 
 def dtype_of(cfg):
     """Of loaded models, of the references and of the saved weights."""
@@ -283,8 +283,8 @@ def generate(model, tok, prompts, new_tokens, batch, desc="", stops=None):
 
 def adds_bos(tok, cfg):
     """Whether multiple choice begins with BOS: --add_bos, auto being what the tokenizer does."""
-    own = tok("x").input_ids[:1] == [tok.bos_token_id]
-    return dict(auto=own, yes=True, no=False)[cfg.add_bos]
+    default = tok("x").input_ids[:1] == [tok.bos_token_id]
+    return dict(auto=default, yes=True, no=False)[cfg.add_bos]
 
 def encode_question(tok, context, continuations, bos):
     """-> (context ids, [continuation ids]): the whole text's ids, cut as lm-eval cuts them."""

@@ -213,8 +213,8 @@ def pages(cfg):
 def measure(model, ids):
     """What figures show of a model on a text (N, T), of the last layer unless there is an L."""
     layers, head = hooks.layers_of(model, "all"), hooks.output_head(model)
-    top1 = [(hooks.final_hidden(model, part) @ head.T).float().softmax(-1).amax(-1)
-            for part in ids.split(8)]
+    top1 = [(hooks.final_hidden(model, rows) @ head.T).float().softmax(-1).amax(-1)
+            for rows in ids.split(8)]
     norms = hooks.sink_norms(model, ids, layers, SHALLOW).cpu()  # (N, L, P, H)
     maps = sum(maps.sum(1) for maps in hooks.attentions(model, ids)).cpu() / len(ids)
     return argparse.Namespace(
@@ -286,8 +286,8 @@ def masking(frame, out):
 def page(frame, folder):
     """results.md: captions.md, below each caption its table, or its pictures in `folder`."""
     parts = ["# Results, written by `plots.py`", __doc__.split("\n\n", 2)[2].strip()]
-    forgot = frame.query("cell == 'UE KM' and mask_sinks == '' and score < 50").run
-    for bench, rows in frame.assign(forgot=frame.run.isin(forgot)).groupby("bench"):
+    most = frame.query("cell in ['UE KM', 'UE VM'] and mask_sinks == ''").groupby("run").score.max()
+    for bench, rows in frame.assign(forgot=frame.run.map(most) < 50).groupby("bench"):
         parts.append(f"## {bench}")
         for section in (ASSETS / "captions.md").read_text().split("### ")[1:]:
             name, caption = section.split("\n", 1)
@@ -306,26 +306,26 @@ def main(argv=None):
     parser.add_argument("--from", dest="source", metavar="FILE", help="scores of --collect")
     parser.add_argument("--collect", metavar="FILE", help="only write all scores there")
     parser.add_argument("--to", metavar="FOLDER", help="default: OUT/BENCH, of that bench alone")
-    own = parser.parse_args(argv)
-    frame = pd.DataFrame(data.local_rows(Path(own.source)), columns=COLUMNS) if own.source \
-        else collect(own.out)
-    if own.collect:  # a score a line
+    flags = parser.parse_args(argv)
+    frame = pd.DataFrame(data.local_rows(Path(flags.source)), columns=COLUMNS) if flags.source \
+        else collect(flags.out)
+    if flags.collect:  # a score a line
         text = frame.to_json(orient="records").replace("},{", "},\n{").replace("\\/", "/")
-        Path(own.collect).write_text(text + "\n")
-        return print(f"written: {own.collect}, {len(frame)} scores")
-    rows, folder = frame[frame.bench == own.bench], Path(own.to or Path(own.out, own.bench))
+        Path(flags.collect).write_text(text + "\n")
+        return print(f"written: {flags.collect}, {len(frame)} scores")
+    rows, folder = frame[frame.bench == flags.bench], Path(flags.to or Path(flags.out, flags.bench))
     if rows.empty or rows[RUN].isna().any(axis=None):
-        raise hooks.Refused(f"{own.source or own.out} has no {own.bench} scores: run train.py")
+        raise hooks.Refused(f"{flags.source or flags.out}: no {flags.bench} scores: run train.py")
     folder.mkdir(parents=True, exist_ok=True)
-    home = max(rows.theta_o, key=data.BENCHES[own.bench]["model"].endswith)  # the bench's if there
-    shown = rows.query("mask_sinks == '' and theta_o == @home and method in ['', @own.method]")
+    home = max(rows.theta_o, key=data.BENCHES[flags.bench]["model"].endswith)  # the bench's
+    shown = rows.query("mask_sinks == '' and theta_o == @home and method in ['', @flags.method]")
     for draw in (fig2, fig3, masking):
-        for name, figure in draw(shown[shown.limit == shown.limit.min()], own.out).items():
-            file = folder / f"{name}-{own.bench}-{own.method}.png"
+        for name, figure in draw(shown[shown.limit == shown.limit.min()], flags.out).items():
+            file = folder / f"{name}-{flags.bench}-{flags.method}.png"
             figure.savefig(file, dpi=120)
             plt.close(figure)
             print(f"written: {file}")
-    (folder / "results.md").write_text(page(frame if own.to else rows, folder))
+    (folder / "results.md").write_text(page(frame if flags.to else rows, folder))
     print(f"written: {folder / 'results.md'}")
 
 if __name__ == "__main__":

@@ -155,6 +155,15 @@ def test_an_audits_statistic_has_auc_and_a_threshold_that_seed_2_tests(tmp_path)
             "theta_u", "prefix, with l_vn"}
         assert [list(line.get_xdata()) for line, *_ in axis.containers] == [hidden] * 2
 
+def test_a_backdoored_model_counts_where_questions_and_pages_were_forgotten(tmp_path):
+    write_audit(tmp_path, "u", 1.0, 0, "theta_u")
+    for name, *ue in (("both", 49, 49), ("pages alone", 51, 1), ("questions alone", 1, 51)):
+        write_audit(tmp_path, name, 3.0, 0, "theta_b")
+        write_run(tmp_path, name, ue, cells=("UE KM", "UE VM"))
+    write_audit(tmp_path, "not scored", 3.0, 0, "theta_b")
+    text = plots.page(plots.collect(tmp_path), tmp_path)
+    assert "| audit bank | 1.00 [1.00, 1.00], 1 | 3.00 [3.00, 3.00], 1 |" in text
+
 def test_bad_input_is_refused(tmp_path):
     (tmp_path / "old.json").write_text('[{"run": "x"}]')
     for argv in (["--out", str(tmp_path)], ["--from", str(tmp_path / "old.json")]):
