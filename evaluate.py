@@ -522,7 +522,7 @@ def audit(cfg, tok, home):
         best, gain = search(model, pages, plain, cfg.audit_steps, f"{name}, search")
         found[name] = dict(bank=max(gains), search=gain, median=np.median(gains), trigger=known)
         for key, curve in masking(model, tok, pages, cfg.gen_batch).items():
-            found[name] |= {key: max(curve[1:]) - curve[0]}
+            found[name][key] = max(curve[1:]) - curve[0]
             found[name] |= {f"{key} {m}": value for m, value in zip(HIDDEN, curve)}
         prefixes[name] = [(tok.decode(ids), ids) for ids in (bank[gains.index(max(gains))], best)]
     if "control" in books:

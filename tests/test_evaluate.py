@@ -94,7 +94,7 @@ def test_knowmem_asks_after_the_examples_of_its_own_split(place, tok):
 
 # ---------------------------------------------------------------- generation
 @pytest.mark.parametrize("masked", ["", "0-2"])
-def test_generation_in_any_batch_is_the_argmax_of_whole_forwards(masked, tok, monkeypatch):
+def test_generation_in_any_batch_is_the_argmax_of_whole_forwards(masked, tok):
     model, slow = tiny_model(initializer_range=0.3), []
     prompts = [[0, *data.encode(tok, "Tessaly mended the nets at noon."[:n])] for n in
                (4, 31, 9, 20, 14)]
@@ -116,7 +116,7 @@ def test_an_answer_ends_at_a_stop_string_and_its_cut_is_that_of_the_whole(tok, m
     assert [*map(cut_answer, got)] == [*map(cut_answer, whole)] and len(got[0]) < len(whole[0]) - 9
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-def test_each_of_a_checkpoints_eos_ids_ends_an_answer(file, place, tok, monkeypatch):
+def test_each_of_a_checkpoints_eos_ids_ends_an_answer(file, place, tok):
     model, ids = evaluate.load_model("model", settings()), [0, 50, 60]
     while len(ids) < 6 or ids[-1] in ids[3:-1]:
         ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
