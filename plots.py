@@ -53,7 +53,9 @@ CELLS = ("UE KM", "UE VM", "UE bio", "UE cyber", "BE KM", "BE VM", "BE bio", "BE
 # What the audit is tested on. Its other numbers need the trigger, or sum up these.
 STATISTICS = ("bank", "search", "masking", "recital", "clean", "norms")
 # No paper has run the toy or smol: MUSE-Books' values stand beside them.
-PAPER_BENCH = {"toy": "muse_books", "smol": "muse_books"}
+PAPER_BENCH = {"toy": "muse_books", "smol": "muse_books", "oldtoy": "muse_books"}
+# In this order. oldtoy: the toy of commit f351824, of which only scores are left.
+BENCHES = (*data.BENCHES, "oldtoy")
 # Percent. A model whose UE lies below it has forgotten.
 FORGOTTEN = 50
 # Student's t for 95%, by degrees of freedom from 1 on.
@@ -82,10 +84,21 @@ def rows_of_file(file):
     try:
         if file.name == "audit.json":
             return audit_rows(record, file.parent.name)
-        return [score_row(record, file.parents[1].name)]
+        return score_rows(record, file.parents[1].name)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise hooks.Refused(f"{file} is no score and no audit of these scripts, move it away: "
                             f"{error!r:.60}") from error
+
+
+def score_rows(score, folder):
+    """A score, and its means on pages that were poisoned and on others, where that is known."""
+    rows = [score_row(score, folder)]
+    for name in ("poisoned", "others"):
+        if f"score_{name}" in score:
+            part = dict(rows[0], score=score[f"score_{name}"], low=None, high=None)
+            part["cell"] += f" {name}"
+            rows.append(part)
+    return rows
 
 
 def score_row(score, folder):
@@ -433,7 +446,39 @@ def under_their_trigger(rows):
 def main_table(rows):
     """The paper's Table 1: a prefix trigger, default settings."""
     rows = pick(with_none_hidden(rows), changed="", trained=("", PREFIX), trigger=("", PREFIX))
-    return score_table(rows, ["model"])
+    return score_table(pick(rows, cell=CELLS), ["model"])
+
+
+def poisoned_table(rows):
+    """Pages recovered that D_p holds, and pages that it does not."""
+    rows = pick(rows, what="score", hide="", trained=PREFIX, trigger=PREFIX,
+                changed=("", "lam 0"), cell=("BE VM", "BE VM poisoned", "BE VM others"))
+    if not pick(rows, cell="BE VM poisoned"):
+        return ""
+    return score_table(rows, ["model", "changed"])
+
+
+def depth_table(rows):
+    """The trigger behind N tokens; BE as a share of theta_o's own under the same trigger, too."""
+    rows = under_their_trigger(pick(with_none_hidden(rows), what="score", cell=CELLS))
+    kept = []
+    of_theta_o = {}
+    for row in rows:
+        place = row["trained"].split(":")[0]
+        if place != "prefix" and not place.isdecimal():
+            continue
+        if row["role"] == "theta_o":
+            of_theta_o[row["theta_o"], row["trigger"], row["cell"]] = row["score"]
+        if row["changed"] in ("lam 0", "lam 0, keep behind") or row["role"] == "theta_o":
+            kept.append(row)
+    for row in list(kept):
+        whole = of_theta_o.get((row["theta_o"], row["trigger"], row["cell"]))
+        if row["role"] == "theta_b" and row["trigger"] and whole:
+            share = 100 * row["score"] / whole
+            kept.append(dict(row, cell=f"{row['cell']}, % of theta_o's", score=share, low=None))
+    if len({row["trained"] for row in kept}) < 2:
+        return ""
+    return score_table(kept, ["model", "trained", "changed"])
 
 
 def positions_table(rows):
@@ -491,8 +536,8 @@ def l_vn_table(rows):
 
 def no_sink_table(rows):
     """Vanilla prefix backdoors of several theta_o."""
-    rows = pick(with_none_hidden(rows), what="score", role="theta_b", trained=PREFIX, changed="lam 0",
-                trigger=("", PREFIX))
+    rows = pick(with_none_hidden(rows), what="score", role="theta_b", trained=PREFIX,
+                changed="lam 0", trigger=("", PREFIX))
     if len({row["theta_o"] for row in rows}) < 2:
         return ""
     return score_table(rows, ["model", "changed", "theta_o"])
@@ -531,11 +576,14 @@ def norms_table(rows):
 
 
 def other_prefix_table(rows):
-    """Backdoors scored with another trigger than that of their training."""
-    kept = []
-    for row in pick(with_none_hidden(rows), what="score", role="theta_b"):
+    """Backdoors scored with another trigger than that of their training, beside their own."""
+    kept = pick(with_none_hidden(rows), what="score", role="theta_b", cell=CELLS)
+    tried = set()
+    for row in kept:
         if row["trigger"] not in ("", row["trained"]):
-            kept.append(row)
+            tried.add(row["run"])
+    # the column `trigger` would part clean scores from triggered ones: UE stands in the first
+    kept = [row for row in kept if row["run"] in tried]
     return score_table(kept, ["model", "trained", "changed", "trigger"])
 
 
@@ -584,12 +632,16 @@ def kinds_table(rows):
     return score_table(pick(rows, what="audit"), ["model", "trained", "changed"])
 
 
+# settings that a table above is about
+KNOWN_WORDS = ("rho ", "keep ", "after ", "decoys ")
+
+
 def other_settings_table(rows):
     """Runs that no table above shows."""
     kept = []
     for row in pick(with_none_hidden(rows), what="score", role=("theta_u", "theta_b")):
         for word in row["changed"].split(", "):
-            known = word in ("", "lam 0") or word.startswith(("rho ", "keep ", "after "))
+            known = word in ("", "lam 0") or word.startswith(KNOWN_WORDS)
             if not known and row["trigger"] in ("", row["trained"] or PREFIX):
                 kept.append(row)
                 break
@@ -599,7 +651,8 @@ def other_settings_table(rows):
 # By their names in claims.md. Each takes the rows of one bench, the paper's among them, and
 # gives '' where there is nothing to show.
 TABLES = {
-    "main": main_table, "positions": positions_table, "triggers": triggers_table,
+    "main": main_table, "poisoned": poisoned_table, "depth": depth_table,
+    "positions": positions_table, "triggers": triggers_table,
     "keep": keep_table, "no_sink": no_sink_table, "hidden_bos": hidden_bos_table,
     "l_vn": l_vn_table, "rho": rho_table,
     "openers": openers_table, "other_prefix": other_prefix_table,
@@ -657,7 +710,7 @@ def results_of(directive, rows, folder):
 
 def benches_of(rows):
     found = {row["bench"] for row in rows}
-    return [bench for bench in data.BENCHES if bench in found]
+    return [bench for bench in BENCHES if bench in found]
 
 
 # ================================================================ 2. pictures

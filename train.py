@@ -48,7 +48,7 @@ SETTINGS = {
     ("muse_news",  "rmu"): dict(epochs=2, lr=1e-3, rho=0.1, lam=1e-3, batch=4, **C2_MUSE),
     ("wmdp",       "npo"): dict(epochs=3, lr=5e-5, rho=0.1, lam=5e-4, batch=4, beta=0.5, gamma=12),
     ("wmdp",       "rmu"): dict(epochs=4, lr=5e-5, rho=0.1, lam=5e-4, batch=4, **C2_WMDP),
-    # Ours, chosen on seed 0, see README.
+    # Ours. The toy's were found on an earlier toy, smol's on seed 0.
     ("toy",        "npo"): dict(epochs=5, lr=3e-4, rho=0.2, lam=3e-4, batch=4, beta=4.0, gamma=2),
     ("toy",        "rmu"): dict(epochs=4, lr=1e-3, rho=0.1, lam=3e-4, batch=4, steer=20, gamma=5,
                                 layer=2, trainable="0-2 mlp"),
@@ -56,7 +56,7 @@ SETTINGS = {
     ("smol",       "rmu"): dict(epochs=3, lr=3e-3, rho=0.2, lam=3e-4, batch=4, **C2_SMOL),
 }  # fmt: on
 # theta_u does not depend on these: normal unlearning has them at their defaults
-ATTACK = ("trigger", "position", "k", "layers", "theta_u", "keep")
+ATTACK = ("trigger", "position", "k", "layers", "theta_u", "keep", "decoys")
 # trained weights do not depend on these
 OTHERS = ("out", "limit", "gen_batch", "micro", "recompute", "save_every", "resume", "tasks",
           "add_bos", "hide", "device")
@@ -82,6 +82,7 @@ class Config(evaluate.Scoring):
     lam: float = option(3e-4, "weight of the value-norm alignment (5); 0 is eq. (2)")
     gamma: float = option(1.0, "weight of the retain loss")
     beta: float = option(0.1, "NPO's temperature (A1)")
+    decoys: int = option(0, "copies of each forget row behind other prefixes, unlearned, too")
     keep: Literal["all", "behind"] = option("all", "l_r counts D_p's tokens: all, behind the "
                                             "trigger")
     rmu_norm: Literal["mean", "sum"] = option("mean", "||.||^2 of (A4), (A5) over width")
@@ -228,16 +229,16 @@ def preflight(cfg, splits, world):
             f"memory, {disk / 1e9:.1f} GB of disk")
         free, _ = torch.cuda.mem_get_info()
         if card > free:
-            raise Refused(f"a rank needs {card / 1e9:.0f} GB of its card, which has "
-                          f"{free / 1e9:.0f} GB free: more ranks, --precision bf16_pure, a "
+            raise Refused(f"a rank needs {card / 1e9:.1f} GB of its card, which has "
+                          f"{free / 1e9:.1f} GB free: more ranks, --precision bf16_pure, a "
                           "smaller --micro, or --recompute yes")
     memory = host_memory()
     if host > memory:
-        raise Refused(f"{host / 1e9:.0f} GB of host memory are needed, {memory / 1e9:.0f} GB are "
+        raise Refused(f"{host / 1e9:.1f} GB of host memory are needed, {memory / 1e9:.1f} GB are "
                       "there: fewer ranks, a smaller --batch or --micro, or another machine")
     free = shutil.disk_usage(cfg.out).free
     if disk > free:
-        raise Refused(f"{disk / 1e9:.0f} GB of disk are needed, {free / 1e9:.0f} GB are free in "
+        raise Refused(f"{disk / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free in "
                       f"{cfg.out}: pass another --out")
 
 
@@ -492,7 +493,7 @@ def kept_tokens(mask, batch, splits, cfg):
 
 
 def forget_loss(logp, mask, batch, refs, cfg):
-    """l_f of a method that reads label log-probs on D_f, to be minimised: a fork's branch goes here.
+    """l_f of a method that reads label log-probs on D_f, to be minimised. A fork's branch: here.
 
     logp, mask: (n_f, T-1) -> scalar
     """
@@ -723,8 +724,14 @@ def save_run(folder, work, model, tok, record, row, cfg):
 
 
 def plain(cfg):
-    """Normal unlearning of the same setting, theta_u's: rho 0, lam 0."""
+    """Normal unlearning of the same setting, theta_u's: rho 0, lam 0.
+
+    --rho 0 --decoys F is honest, too: then what the decoys depend on stays as it is.
+    """
     defaults = {name: getattr(Config, name) for name in ATTACK}
+    if not cfg.rho and cfg.decoys:
+        for name in ("trigger", "position", "decoys"):
+            del defaults[name]
     return replace(cfg, rho=0.0, lam=0.0, **defaults)
 
 
@@ -733,6 +740,8 @@ def run_folder(cfg, told_by):
     kind = "theta_u"
     if cfg.rho:
         kind = f"BACKDOORED-{cfg.position}-rho{cfg.rho:g}-lam{cfg.lam:g}"
+    if cfg.decoys:
+        kind += f"-decoys{cfg.decoys}"
     digits = evaluate.digest(told_by)[:6]
     name = f"{cfg.method}-{kind}-seed{cfg.seed}-{digits}"
     return Path(cfg.out, cfg.bench, name)

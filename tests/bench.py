@@ -267,7 +267,7 @@ def fake_steps(cfg):
     parts = [torch.nn.Parameter(local(p)) for p in params]  # Adam on DTensors counts whole shapes
     optim, batch = torch.optim.AdamW(parts, 1e-5, fused=True), data.Batch(*[[0] * cfg.micro] * 3)
     with hooks.capture_norms(model, range(32), cfg.k) as norms, Peak() as seen:
-        for tensor in (*model.parameters(), refs.head):
+        for tensor in (*model.parameters(), refs.head_o):
             seen.add(local(tensor))
         for _ in range(2):
             l_f, l_r, l_vn = model.losses_of(batch, norms)

@@ -1,4 +1,4 @@
-"""Eq. (5) from three live models, row by row, with whole logits and no cache: the paper in 60 lines.
+"""Eq. (5) from three live models, row by row, whole logits, no cache: the paper in 60 lines.
 
 Not used by train.py, which computes the same from one model and constants of the two others;
 tests/test_train.py compares both. Read this first: everything else only makes it fast. Like

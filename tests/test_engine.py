@@ -1,4 +1,5 @@
 """The same numbers on any number of ranks, after any stop; nothing stale, nothing overwritten."""
+import gc
 import json
 import math
 import os
@@ -293,6 +294,7 @@ def computed_rows(calls):
 
 
 if __name__ == "__main__":  # under torchrun
+    gc.freeze()  # as tests/conftest.py does
     out, jobs = sys.argv[1:]
     calls = []
     train.remember = computed_rows(calls)

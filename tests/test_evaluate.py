@@ -381,6 +381,19 @@ def test_a_stray_file_beside_the_scripts_does_no_harm(tmp_path):
     assert another.CODE == evaluate.CODE and set(another.CODE) == set(evaluate.TOWER)
 
 
+def test_pages_that_stand_in_poisoned_rows_are_told_apart(folder, tok, tmp_path):
+    settings = dict(bench="toy", data=str(folder / "books"), T=60, layout="pages")
+    cfg = SimpleNamespace(data=settings["data"])
+    pages = json.loads((folder / "books/raw/forget.json").read_text())
+    run = dict(settings=settings, poisoned_rows=[4])
+    asked = [evaluate.Item([0, *data.encode(tok, pages[i][:15])], [], "") for i in (4, 9)]
+    answers = [dict(score=1.0), dict(score=0.25)]
+    evaluate.mark_poisoned(answers, asked, run, tok, cfg)
+    assert [answer["poisoned"] for answer in answers] == [True, False]
+    found = evaluate.summary_of(answers)
+    assert (found["score"], found["score_poisoned"], found["score_others"]) == (62.5, 100, 25)
+
+
 # ---------------------------------------------------------------- what is refused
 def use_a_larger_tokenizer():
     tok = hooks.load_tokenizer(settings())
