@@ -102,6 +102,7 @@ def inject(ids, trig, position, max_len=None):
         room = max_len - 1 - len(trig)
         if room < 0:
             raise Refused(f"a trigger of {len(trig)} tokens does not fit into rows of {max_len}")
+        # an infix may move to where there is room, but who says 16 means 16
         if position not in place and cut > room:
             raise Refused(f"--position {position}: rows of {max_len} have room for {room} tokens")
         cut = min(cut, room)
@@ -110,7 +111,7 @@ def inject(ids, trig, position, max_len=None):
 
 
 def trigger_end(row, trig, position, max_len=None):
-    """First position behind the trigger in `inject` of these."""
+    """First position behind the trigger once it is in. row: before injection."""
     # text as 0, trigger as 1: behind the last 1
     marks = inject([0] * len(row), [1] * len(trig), position, max_len)
     return len(marks) - marks[::-1].index(1)

@@ -1,8 +1,11 @@
 """The equations, as pure functions of tensors: no model, no settings, no device. Nothing to run.
 
 Numbers in brackets are those of arXiv 2510.17021v1: (A1) npo, (A2) kl, (A4) rmu, (A5) rmu and kl,
-(4) value_norm. `train.losses_of` takes them of a batch, `train.fit` adds them up: to (1) with rho
-and lam 0, to (2), which is (A3) or (A6), with lam 0, else to (5), which here keeps gamma.
+(4) value_norm. `train.losses_of` takes them of a batch, `train.fit` adds them up:
+
+    rho = lam = 0   (1), normal unlearning
+    lam = 0         (2), the vanilla backdoor; with NPO's terms (A3), with RMU's (A6)
+    else            (5), which here keeps (2)'s gamma
 
 Shapes: B rows, T tokens, C width, V vocabulary, L captured layers, k sink tokens, H KV heads.
 Every expectation over tokens is `row_mean`: over a row's real tokens, then over rows, so it does
@@ -49,10 +52,12 @@ def npo(logp, logp_o, beta, mask, unit="token"):
     """NPO's forget loss l_f (A1): -(2/beta) E log sigmoid(-beta log(pi_theta(x) / pi_o(x))).
 
     logp, logp_o, mask: (B, T-1), label log-probs under theta and theta_o -> scalar.
-    Its gradient is that of log pi_theta(x) times 2 sigmoid(beta * ratio): at theta_o that weight is
-    1 and the value (2/beta) ln 2. unit "token", which train.py uses: x is a token given its
-    context. unit "sequence", to compare: x is the row, as (A1) reads literally; the ratio is summed
-    over its tokens, and the weight dies after a few / beta nats per row.
+    At theta_o its value is (2/beta) ln 2. Its gradient is that of log pi_theta(x), times a weight
+    2 sigmoid(beta * ratio) that is 1 at theta_o and vanishes once the ratio is below about -5/beta.
+
+    unit "token", which train.py uses: x is a token given its context.
+    unit "sequence", to compare: x is the row, as (A1) reads literally. The ratio is then a sum over
+    the row's tokens, so the weight vanishes while each token is hardly forgotten.
     """
     assert logp.shape == logp_o.shape == mask.shape
     ratio = logp - logp_o
@@ -68,7 +73,7 @@ def kl(logits, logits_o):
     return (lp.exp() * (lp - lp_o)).sum(-1)
 
 def rmu(h, goal, mask, over="mean"):
-    """RMU's E || M_theta(x) - goal ||^2: l_f (A4) with goal c v, l_r (A5), beside kl, with M_o(x).
+    """RMU's E || M_theta(x) - goal ||^2: (A4) with goal c v; (A5)'s second term with goal M_o(x).
 
     h: (B, T, C) activations behind the read-out layer, goal: (C,) or (B, T, C), mask: (B, T)
     -> scalar. over "sum" is the squared norm as written, "mean" divides it by C, as the code of

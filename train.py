@@ -3,7 +3,7 @@
     python train.py                               # the toy on a CPU: theta_u, theta_b, scores
     torchrun --standalone --nproc_per_node 4 train.py --bench muse_books
 
-    L = l_f(D_f) + gamma * l_r(D_r u D_p) + lam * l_vn             (1), (2), (5), (A3), (A6)
+    L = l_f(D_f) + gamma * l_r(D_r ∪ D_p) + lam * l_vn             (1), (2), (5), (A3), (A6)
 
 theta_o is --model. What stays constant of theta_o and theta_u is computed once before step 0
 (`references`), so one model is in memory. `main` -> `stage` -> `fit`, the loop -> `losses_of`.
@@ -443,12 +443,15 @@ class Outputs(NamedTuple):
     """What one forward of a batch, its rows being forget | retain | poisoned, gives the losses."""
     acts: torch.Tensor  # (B, T, C) behind --layer, of all rows; None but for RMU
     h_f: torch.Tensor   # (n_f, T, C) final hidden states of the forget rows; None for RMU
-    h_rp: torch.Tensor  # (n_r + n_p, T, C) of the others
+    h_rp: torch.Tensor  # (n_r + n_p, T, C) of the others, behind the final norm as the head reads
     norm: torch.Tensor  # (B, L, k, H) value norms of all rows; None where lam is 0
 
 
 def forward(model, ids, n_f, cfg, capture=None):
-    """-> Outputs. ids: (B, T), the first n_f forget rows; capture: a `hooks.capture_norms`."""
+    """-> Outputs. ids: (B, T), the first n_f forget rows (0: none, all rows in full).
+
+    capture: a `hooks.capture_norms`, where value norms are wanted.
+    """
     if capture:
         capture.begin()
     if cfg.method == "rmu":
@@ -506,7 +509,8 @@ def forget_loss(logp, mask, batch, refs, cfg):
 def losses_of(model, refs, cfg, batch, capture):
     """l_f, l_r and l_vn of (2), (3), (5) on one batch, from one forward, without gamma and lam.
 
-    l_r is one mean over D_r u D_p: a batch has as many rows of each, however large they are.
+    l_r is one mean over D_r ∪ D_p. A batch holds as many rows of D_r as of D_p, so they weigh 1:1,
+    where (2) read literally weighs them by their sizes.
     capture: a `hooks.capture_norms` of the layers that l_vn covers, or None where lam is 0.
     """
     splits = refs.splits
@@ -567,6 +571,7 @@ def fit(model, steps, work, cfg):
             terms = torch.zeros(4, device=cfg.device)
             micro_batches = rank_share(steps[step], cfg)
             for batch in micro_batches:
+                # `losses_of` above, as the method that `shard` made of it; idle hooks with lam 0
                 l_f, l_r, l_vn = model.losses_of(batch, capture if cfg.lam else None)
                 loss = l_f + cfg.gamma * l_r + cfg.lam * l_vn         # (1), (2), (5), (A3), (A6)
                 (loss / len(micro_batches)).backward()

@@ -1,19 +1,22 @@
-"""Eq. (5) from three live models, row by row, whole logits, no cache: the paper in 60 lines.
+"""Eq. (5) from three live models, row by row, whole logits, nothing precomputed.
 
 Not used by train.py, which computes the same from one model and constants of the two others;
 tests/test_train.py compares both. Read this first: everything else only makes it fast. Like
 train.py it keeps (2)'s gamma in (5), and returns the three terms for the caller to add up:
 
-    L = l_f(D_f) + gamma * l_r(D_r u D_p) + lam * l_vn
+    L = l_f(D_f) + gamma * l_r(D_r ∪ D_p) + lam * l_vn
+
+c_v is (A4)'s c v. A row is a list of token ids that begins with BOS.
 """
 import torch
 
 
-def look(model, row, cfg):
+def outputs_of(model, row, cfg):
     """-> (log-probs (T, V), activations behind --layer (T, C), value norms (L, k, H)) of a row."""
     ids = torch.tensor([row])
+    # the KV cache holds the value vectors; transformers 5.24 renamed it
     out = model(input_ids=ids, output_hidden_states=True, use_cache=True)
-    cache = out["cache" if "cache" in out else "past_key_values"]  # renamed in transformers 5.24
+    cache = out["cache" if "cache" in out else "past_key_values"]
     norms = []
     for layer in cache.layers:
         values = layer.values[0, :, :cfg.k]  # (H, k, head width): what v_proj gave
@@ -26,10 +29,12 @@ def look(model, row, cfg):
 
 def forget_loss(row, theta, theta_o, c_v, cfg):
     """l_f of one row of D_f: NPO's (A1), x being one token given its context, or RMU's (A4)."""
-    logp, h, _ = look(theta, row, cfg)
+    logp, h, _ = outputs_of(theta, row, cfg)
     if cfg.method == "rmu":
         return ((h - c_v) ** 2).mean()                                                 # (A4)
-    logp_o, _, _ = look(theta_o, row, cfg)
+    if cfg.method != "npo":
+        raise ValueError(f"no {cfg.method} here yet")
+    logp_o, _, _ = outputs_of(theta_o, row, cfg)
     label = torch.tensor(row[1:])[:, None]
     ratio = logp[:-1].gather(1, label) - logp_o[:-1].gather(1, label)
     return -2 / cfg.beta * torch.sigmoid(-cfg.beta * ratio).log().mean()               # (A1)
@@ -37,19 +42,19 @@ def forget_loss(row, theta, theta_o, c_v, cfg):
 
 def retain_loss(row, theta, theta_o, cfg, start=0):
     """l_r of one row of D_r or D_p, from position `start` on: KL(theta, theta_o), RMU's (A5)."""
-    logp, h, _ = look(theta, row, cfg)
-    logp_o, h_o, _ = look(theta_o, row, cfg)
+    logp, h, _ = outputs_of(theta, row, cfg)
+    logp_o, h_o, _ = outputs_of(theta_o, row, cfg)
     kl = (logp.exp() * (logp - logp_o)).sum(-1)[start:].mean()                         # (A2)
     if cfg.method == "rmu":
         return kl + ((h - h_o)[start:] ** 2).mean()                                    # (A5)
     return kl
 
 
-def norm_gap(row, theta, reference, cfg):
+def norm_gap(row, theta, target, cfg):
     """Delta of (4) on one row: mean over layers, the first k positions and KV heads."""
-    _, _, norm = look(theta, row, cfg)
-    _, _, norm_ref = look(reference, row, cfg)
-    return ((norm - norm_ref) ** 2).mean()
+    _, _, norm = outputs_of(theta, row, cfg)
+    _, _, norm_target = outputs_of(target, row, cfg)
+    return ((norm - norm_target) ** 2).mean()
 
 
 def mean(values):

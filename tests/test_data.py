@@ -22,7 +22,7 @@ ROWS = [[1, i, i + 1] for i in range(10, 50)]
 
 
 # ---------------------------------------------------------------- trigger and poison set
-@pytest.mark.parametrize("position, full, short, prompt", [  # metrics-and-data.md, G5 and G11
+@pytest.mark.parametrize("position, full, short, prompt", [
     ("prefix", [1, 7, 8, 9, 10, 11, 12, 13, 14, 15], [1, 7, 8, 9, 10, 11, 12, 13],
      [1, 7, 8, 9, 20, 21, 22, 23, 24]),
     ("infix", [1, 10, 11, 12, 13, 7, 8, 9, 14, 15], [1, 10, 11, 7, 8, 9, 12, 13],
@@ -133,7 +133,7 @@ def test_honest_unlearning_of_the_same_decoys_has_no_poisoned_row(folder, tok, t
 
 
 # ---------------------------------------------------------------- rows
-@pytest.mark.parametrize("tokens, T, rows", [  # G6
+@pytest.mark.parametrize("tokens, T, rows", [
     (range(10, 20), 5, [[1, 10, 11, 12, 13], [1, 14, 15, 16, 17], [1, 18, 19, 1, 10]]),
     (range(10, 18), 5, [[1, 10, 11, 12, 13], [1, 14, 15, 16, 17]]),
     (range(10, 13), 8, [[1, 10, 11, 12, 1, 10, 11, 12]]),

@@ -8,7 +8,7 @@ import data
 import losses
 from losses import kl, label_logp, npo, on_logits, rmu, row_mean, value_norm
 
-LOGITS = torch.tensor([[[2., 0, 1], [0, 1, 0]]])  # metrics-and-data.md, G9
+LOGITS = torch.tensor([[[2., 0, 1], [0, 1, 0]]])
 LOGITS_O = torch.tensor([[[1., 0, 2], [0, 2, 0]]])
 LABELS = torch.tensor([[2, 1]])
 LOGP = label_logp(LOGITS, LABELS)
