@@ -170,6 +170,8 @@ def model_columns(record, role, bench, folder):
             row[name] = settings[name]
         for name in ("theta_o", "rows", "tokenizer", "code"):
             row[name] = run["content"][name]
+        if settings.get("decoys"):
+            row["rows"] = ""  # D_f with its decoys is another one for each seed
         row["model"] = model_name(role, settings["method"])
         row["changed"] = changed(run)
         if role == "theta_b":
@@ -428,7 +430,8 @@ def differences(rows, word, label, sign):
 # ---------------------------------------------------------------- the tables, by claim
 def with_none_hidden(rows):
     """Scores, the paper's among them, of models that see all positions."""
-    return pick(rows, what=("score", "paper"), hide="")
+    # the means on poisoned pages and on others have a table of their own
+    return pick(rows, what=("score", "paper"), hide="", cell=CELLS)
 
 
 def under_their_trigger(rows):
@@ -446,7 +449,7 @@ def under_their_trigger(rows):
 def main_table(rows):
     """The paper's Table 1: a prefix trigger, default settings."""
     rows = pick(with_none_hidden(rows), changed="", trained=("", PREFIX), trigger=("", PREFIX))
-    return score_table(pick(rows, cell=CELLS), ["model"])
+    return score_table(rows, ["model"])
 
 
 def poisoned_table(rows):
@@ -460,12 +463,12 @@ def poisoned_table(rows):
 
 def depth_table(rows):
     """The trigger behind N tokens; BE as a share of theta_o's own under the same trigger, too."""
-    rows = under_their_trigger(pick(with_none_hidden(rows), what="score", cell=CELLS))
+    rows = under_their_trigger(pick(with_none_hidden(rows), what="score"))
     kept = []
     of_theta_o = {}
     for row in rows:
         place = row["trained"].split(":")[0]
-        if place != "prefix" and not place.isdecimal():
+        if not has_text(row, TRIGGER) or place != "prefix" and not place.isdecimal():
             continue
         if row["role"] == "theta_o":
             of_theta_o[row["theta_o"], row["trigger"], row["cell"]] = row["score"]
@@ -545,7 +548,7 @@ def no_sink_table(rows):
 
 def hidden_table(rows, positions):
     """With positions hidden from all later ones, beside the same models with none hidden."""
-    rows = pick(rows, what="score", hide=("", positions), trained=("", PREFIX),
+    rows = pick(rows, what="score", cell=CELLS, hide=("", positions), trained=("", PREFIX),
                 changed=("", "lam 0"), trigger=("", PREFIX))
     # a model that was never scored so says nothing here
     tried = {row["run"] for row in rows if row["hide"]}
@@ -577,7 +580,7 @@ def norms_table(rows):
 
 def other_prefix_table(rows):
     """Backdoors scored with another trigger than that of their training, beside their own."""
-    kept = pick(with_none_hidden(rows), what="score", role="theta_b", cell=CELLS)
+    kept = pick(with_none_hidden(rows), what="score", role="theta_b")
     tried = set()
     for row in kept:
         if row["trigger"] not in ("", row["trained"]):

