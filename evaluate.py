@@ -257,7 +257,7 @@ def over_ranks(fn, batches, desc=""):
 
 def from_rank0(fn, *args):
     """fn(*args) of rank 0, on every rank, so that all ranks see the same files."""
-    found = [None]
+    found = [None]  # broadcast_object_list fills it on the others
     if dist.get_rank() == 0:
         found = [fn(*args)]
     dist.broadcast_object_list(found)
@@ -311,6 +311,7 @@ def content_of(name):
         hooks.load_pretrained(transformers.AutoConfig, name)  # brings config.json into the cache
         cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
         return digest([name, Path(cached).parent.name])[:8]  # snapshots/REVISION/config.json
+    # by name and content alone, so that a copied or moved folder stays itself
     found = {}
     for pattern in FILES:
         for path in Path(name).glob(pattern):
@@ -351,6 +352,7 @@ def letter_prompt(topic, question, choices):
 
 def all_items(cfg, tok):
     """{task: (items, examples before each)} of the tasks that begin with a word of --tasks."""
+    # beginnings of names: "knowmem" is both of its tasks, "wmdp" bio and cyber
     words = [word.strip() for word in cfg.tasks.split(",")]
     for word in words:
         known = [task for task in TASKS if task.startswith(word)]
@@ -382,6 +384,7 @@ def verbmem_items(cfg, tok):
     """VerbMem's pages to continue, and 0 examples."""
     length = TASKS["verbmem_f"].new_tokens - 1  # BOS counts, as in MUSE's code
     items = []
+    # MUSE's file has been cut in two already: what is given, what should follow
     pages = data.read(cfg.data, "verbmem", "forget", ["prompt", "gt"])
     for i, (prompt, gt) in enumerate(pages):
         # the page's next 127 tokens alone are asked for: more could not be generated
@@ -392,6 +395,7 @@ def verbmem_items(cfg, tok):
 
 def knowmem_items(task, cfg, tok):
     """KnowMem's questions, each behind the same examples, and how many of those."""
+    # the examples of a split come from that split's own file
     split = "forget_qa" if task == "knowmem_f" else "retain_qa"
     columns = ["question", "answer"]
     icl = data.read(cfg.data, "knowmem", f"{split}_icl", columns)[:SHOTS]
@@ -535,6 +539,7 @@ def loglikelihoods(model, pairs, desc="loglikelihood"):
 def answer_rows(task, items, trig, model, tok, cfg):
     """Generated answers and their ROUGE-L."""
     prompts = [item.ids for item in items]
+    # the whole prompt with its examples is the text that the trigger is put into
     if trig:
         prompts = [data.inject(ids, trig, cfg.position) for ids in prompts]
     stops = STOPS if TASKS[task].cut else None

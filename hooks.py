@@ -173,6 +173,7 @@ def set_trainable(model, spec):
     layers, _, part = spec.partition(" ")
     if not part:
         raise Refused(f"--trainable must be all or like '5-7 mlp.down_proj', got {spec!r}")
+    # every layer named must have the part, or fewer would train than was asked for
     for i in layers_of(model, layers):
         names = []  # for the refusal: experts' names are hard to guess
         found = False
