@@ -37,6 +37,8 @@ from hooks import Refused, say
 HERE = Path(__file__).parent
 # the scripts that results depend on
 TOWER = ("losses", "hooks", "data", "evaluate", "audit", "train")
+# tables of settings in them: what a run took from there stands in its own settings
+TABLES = ("BENCHES", "SETTINGS")
 # what makes a model folder this model; its scores and logs lie beside these
 FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer*",
          "vocab.*", "merges.txt")
@@ -270,14 +272,20 @@ def digest(value):
 
 
 def syntax_of(source):
-    """A script's syntax tree without docstrings, as text: comments and layout change nothing."""
+    """A script's syntax tree as text, without what changes no result: docstrings, TABLES."""
     tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not is_table(node)]
     for node in ast.walk(tree):
         # a docstring is an expression like others to Python, and would count
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
             if ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
     return ast.dump(tree)
+
+
+def is_table(node):
+    """Whether a statement fills one of TABLES: a new row there changes nothing of the others."""
+    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in TABLES
 
 
 # read at import: the file may be edited while a long run still uses what it loaded
@@ -610,22 +618,27 @@ def load_checked(name, tok, cfg, rows):
     return model
 
 
-def identity_of(name, task, asked, shots, trig, tok, cfg):
-    """All that a score is of, as it stands in its file; only the answers are missing."""
-    content = dict(
-        weights=content_of(name), items=digest(asked)[:8], tokenizer=digest(tok.get_vocab())[:8],
-        code=code_of("hooks", "data", "evaluate"))
+def vocabulary_of(tok):
+    """A short hash of what its ids mean."""
+    return digest(tok.get_vocab())[:8]
+
+
+def score_identity(content, task, asked, shots, trig, cfg, bos):
+    """All that a score is of, as it stands in its file; only the answers are missing.
+
+    content: hashes of weights, tokenizer and code; bos: whether multiple choice begins with BOS.
+    """
+    content = content | dict(items=digest(asked)[:8])
     found = dict(
         task=task, column=TASKS[task].column, condition=condition_of(trig, cfg), bench=cfg.bench,
         trigger=cfg.trigger, position=cfg.position, hide=cfg.hide, limit=cfg.limit,
         protocol=TASKS[task].protocol.format(shots), dtype=str(hooks.dtype_of(cfg.precision)),
-        add_bos=adds_bos(tok, cfg), content=content)
+        add_bos=bos, content=content)
     versions = [torch.__version__, transformers.__version__]
     # a clean score does not depend on --trigger; and the model's name is not yet in it, since a
     # folder that was moved is the same model
     told = {key: value for key, value in found.items() if key not in ("trigger", "position")}
-    found["fingerprint"] = digest([told, trig, cfg.gen_batch, versions])
-    return found | dict(model=str(name))
+    return found | dict(fingerprint=digest([told, trig, cfg.gen_batch, versions]))
 
 
 def file_of(identity, home):
@@ -644,10 +657,15 @@ def evaluate(name, tok, cfg, items, role):
     """-> {(group, column): score} on `all_items`; scores that are on disk already are reused."""
     model = None
     found = {}
+    run = run_of(name)
+    poisoned = poisoned_texts(run, tok, cfg)
+    content = dict(weights=content_of(name), tokenizer=vocabulary_of(tok),
+                   code=code_of("hooks", "data", "evaluate"))
+    bos = adds_bos(tok, cfg)
     for task, (asked, shots) in items.items():
         for group in TASKS[task].groups:
             trig = data.encode(tok, cfg.trigger) if group == "BE" else []
-            identity = identity_of(name, task, asked, shots, trig, tok, cfg)
+            identity = score_identity(content, task, asked, shots, trig, cfg, bos)
             file = file_of(identity, home_of(name, cfg, role))
             score = from_rank0(read_score, file)
             if score.get("fingerprint") != identity["fingerprint"] or score["role"] != role:
@@ -655,9 +673,10 @@ def evaluate(name, tok, cfg, items, role):
                     trigger = [data.bos_of(tok)] + data.encode(tok, cfg.trigger)
                     model = load_checked(name, tok, cfg, prompts_of(items) + [trigger])
                 answers = answers_to(task, asked, trig, model, tok, cfg)
-                mark_poisoned(answers, asked, run_of(name), tok, cfg)
-                score = identity | dict(group=group, role=role, run=run_of(name), time=time.time())
-                score |= summary_of(answers)
+                if poisoned:
+                    mark_poisoned(answers, asked, poisoned, tok)
+                score = identity | dict(model=str(name), run=run, role=role, group=group)
+                score |= dict(time=time.time()) | summary_of(answers)
                 write(file, json.dumps(score, indent=1))
             found[group, score["column"]] = score
     order = ("UE", "BE", "UT")  # the paper's
@@ -679,16 +698,20 @@ def answers_to(task, asked, trig, model, tok, cfg):
         return rows_of(task, asked, trig, model, tok, cfg)
 
 
-def mark_poisoned(answers, asked, run, tok, cfg):
-    """answer["poisoned"]: whether a backdoored run's D_p holds what is asked, word for word.
+def poisoned_texts(run, tok, cfg):
+    """The rows of D_p of a backdoored run as they were before poisoning; [] for other models."""
+    settings = SimpleNamespace(**run.get("settings", {}))
+    if not run.get("poisoned_rows") or settings.bench == "wmdp" or settings.data != cfg.data:
+        return []
+    forget, _ = data.clean_rows(settings, tok)
+    return [tok.decode(forget[i]) for i in run["poisoned_rows"]]
+
+
+def mark_poisoned(answers, asked, texts, tok):
+    """answer["poisoned"]: whether a row of D_p (`poisoned_texts`) holds what is asked, verbatim.
 
     A share rho of VerbMem's pages is in D_p; recovering those is less than recovering the others.
     """
-    settings = SimpleNamespace(**run.get("settings", {}))
-    if not run.get("poisoned_rows") or settings.bench == "wmdp" or settings.data != cfg.data:
-        return
-    forget, _ = data.clean_rows(settings, tok)
-    texts = [tok.decode(forget[i]) for i in run["poisoned_rows"]]
     for item, answer in zip(asked, answers):
         # KnowMem's question alone, without the examples before it
         text = tok.decode(item.ids[1:]).rsplit("\n\nQuestion", 1)[-1].removesuffix("\nAnswer: ")

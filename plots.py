@@ -170,8 +170,6 @@ def model_columns(record, role, bench, folder):
             row[name] = settings[name]
         for name in ("theta_o", "rows", "tokenizer", "code"):
             row[name] = run["content"][name]
-        if settings.get("decoys"):
-            row["rows"] = ""  # D_f with its decoys is another one for each seed
         row["model"] = model_name(role, settings["method"])
         row["changed"] = changed(run)
         if role == "theta_b":

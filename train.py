@@ -37,7 +37,6 @@ from hooks import Refused, say
 # "6th parameter in layers 5-7" (C.2). Its "scaling hyperparameter" enters no formula.
 C2_MUSE = dict(steer=12, gamma=5, layer=7, trainable="5-7 mlp.down_proj")
 C2_WMDP = C2_MUSE | dict(steer=85, gamma=10)
-C2_SMOL = C2_MUSE | dict(steer=30)
 # fmt: off
 SETTINGS = {
     # Table A1 and C.2 of the paper. batch counts triples, one row of D_f, D_r and D_p each.
@@ -53,7 +52,7 @@ SETTINGS = {
     ("toy",        "rmu"): dict(epochs=4, lr=1e-3, rho=0.1, lam=3e-4, batch=4, steer=20, gamma=5,
                                 layer=2, trainable="0-2 mlp"),
     ("smol",       "npo"): dict(epochs=4, lr=2e-4, rho=0.2, lam=3e-4, batch=2, beta=2.0, gamma=2),
-    ("smol",       "rmu"): dict(epochs=3, lr=3e-3, rho=0.2, lam=3e-4, batch=4, **C2_SMOL),
+    ("smol",       "rmu"): dict(C2_MUSE, epochs=3, lr=3e-3, rho=0.2, lam=3e-4, batch=4, steer=30),
 }  # fmt: on
 # theta_u does not depend on these: normal unlearning has them at their defaults
 ATTACK = ("trigger", "position", "k", "layers", "theta_u", "keep", "decoys")
@@ -166,7 +165,7 @@ def shape_of(name):
 def needs(cfg, model, splits, world):
     """Bytes that a run needs, about: of a rank's card, of the host, of the disk.
 
-    model: an `empty_model`. A rank's card is known within a tenth (tests/bench.py memory).
+    model: an `empty_model`.
     """
     hooks.set_trainable(model, cfg.trainable)
     total = 0
@@ -175,8 +174,23 @@ def needs(cfg, model, splits, world):
         total += p.numel()
         if p.requires_grad:
             trained += p.numel()
+    card = card_needs(cfg, model, total, trained, world)
+    host = host_needs(cfg, model, total, splits, world)
+    return card, host, disk_needs(cfg, total, trained, splits)
+
+
+def bytes_of(cfg):
+    """Of a weight as it is loaded and saved."""
+    return 4 if cfg.precision == "fp32" else 2
+
+
+def card_needs(cfg, model, total, trained, world):
+    """Bytes of a rank's card, known within a tenth (tests/bench.py memory).
+
+    total, trained: weights of the model, and those of them that learn.
+    """
     config = model.config
-    width = 4 if cfg.precision == "fp32" else 2  # bytes of a loaded and of a saved weight
+    width = bytes_of(cfg)
     # of a trained weight: itself, its gradient, Adam's two averages
     state = 16 * trained // world
     if cfg.precision == "bf16_pure":
@@ -198,16 +212,25 @@ def needs(cfg, model, splits, world):
     # gradients, a quarter of the state, come while what was kept goes
     trained_part = max(state, state * 3 // 4 + hidden * kept)
     logits = 5 * losses.CHUNK * config.vocab_size * 4  # five such tensors at once
-    card = trained_part + (total - trained) * width + hidden * again + logits
-    references = (len(splits.r) + len(splits.p)) * cfg.T * config.hidden_size * width
+    return trained_part + (total - trained) * width + hidden * again + logits
+
+
+def host_needs(cfg, model, total, splits, world):
+    """Bytes of the host: every rank reads the whole model and holds theta_o's constants."""
+    width = bytes_of(cfg)
+    references = (len(splits.r) + len(splits.p)) * cfg.T * model.config.hidden_size * width
     if cfg.method == "rmu":
         references *= 2  # activations beside final hidden states
-    host = world * (total * width + references)
-    disk = 2 * width * total  # theta_u and theta_b
+    return world * (total * width + references)
+
+
+def disk_needs(cfg, total, trained, splits):
+    """Bytes of the disk: theta_u, theta_b and their checkpoints."""
+    disk = 2 * bytes_of(cfg) * total
     steps, save_every = length_of(cfg, splits)
     if steps > save_every:
         disk += 2 * 12 * trained  # the old checkpoint stays until the new one is whole
-    return card, host, disk
+    return disk
 
 
 def length_of(cfg, splits):
@@ -752,27 +775,26 @@ def run_folder(cfg, told_by):
     return Path(cfg.out, cfg.bench, name)
 
 
-def identity_of(cfg, splits, tok, theta_u):
+def run_identity(cfg, clean, tok, theta_u):
     """-> (the settings that trained weights depend on, what else they depend on, by content)."""
     settings = asdict(cfg)
     for name in (*OTHERS, "model", "data", "tokenizer", "theta_u"):
         del settings[name]  # the last four by content: a folder may move, or be trained anew
     content = dict(
         theta_o=evaluate.content_of(cfg.model), theta_u=evaluate.content_of(theta_u),
-        rows=evaluate.digest([splits.f, splits.r])[:8],
-        tokenizer=evaluate.digest(tok.get_vocab())[:8],
+        rows=evaluate.digest(clean)[:8], tokenizer=evaluate.vocabulary_of(tok),
         code=evaluate.code_of("losses", "hooks", "data", "evaluate", "train"))
     return settings, content
 
 
-def stage(cfg, tok, clean=None, theta_u=""):
+def stage(cfg, tok, clean, theta_u=""):
     """Train theta_u (rho 0) or theta_b, or (--resume) reuse one of this fingerprint. -> folder
 
     clean: D_f and D_r as `data.clean_rows` gave them; theta_u: what l_vn aligns to.
     """
     splits = data.load_splits(cfg, tok, clean)
     role = "theta_b" if cfg.rho else "theta_u"
-    settings, content = identity_of(cfg, splits, tok, theta_u)
+    settings, content = run_identity(cfg, clean, tok, theta_u)
     versions = [torch.__version__, transformers.__version__]
     made_from = evaluate.digest([settings, content, splits.p, versions])
     given = content["theta_u"] if cfg.theta_u else ""

@@ -18,6 +18,7 @@ import tokenizers
 import torch
 import transformers
 
+import data
 import evaluate
 import train
 
@@ -105,7 +106,7 @@ def stage(flags, tok, theta_u=""):
     """`train.stage` alone, without what `train.main` checks before. -> the run's folder"""
     cfg = config(flags)
     Path(cfg.out, cfg.bench).mkdir(parents=True, exist_ok=True)
-    return train.stage(cfg, tok, theta_u=theta_u)
+    return train.stage(cfg, tok, data.clean_rows(cfg, tok), theta_u)
 
 
 @pytest.fixture(autouse=True)

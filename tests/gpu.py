@@ -307,7 +307,7 @@ def rmu(check):
 def trained(check, cfg):
     """-> a run's log, what it trained; its folder makes room for the next."""
     train.check(cfg, 1)
-    folder = train.stage(cfg, check.tok, theta_u=cfg.theta_u)
+    folder = train.stage(cfg, check.tok, data.clean_rows(cfg, check.tok), cfg.theta_u)
     steps = log_of(folder)
     weights = weights_of(folder, cfg)
     shutil.rmtree(folder)
@@ -338,7 +338,7 @@ def pure(check):
     cfg = check.config("--precision", "bf16_pure", "--micro", 2, "--max_steps", 2, "--theta_u",
                        check.home / "model")
     train.check(cfg, 1)
-    steps = log_of(train.stage(cfg, check.tok, theta_u=cfg.theta_u))
+    steps = log_of(train.stage(cfg, check.tok, data.clean_rows(cfg, check.tok), cfg.theta_u))
     check.runs["npo bf16_pure"] = (check.needs(cfg)[0], check.peak())
     return dict(loss=steps[1]["loss"], then=steps[2]["loss"], steps=steps,
                 ok=starts_at_theta_o(steps, cfg))

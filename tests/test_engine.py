@@ -16,6 +16,7 @@ import transformers
 from conftest import config, stage, tiny_flags
 from safetensors.torch import load_file
 
+import data
 import evaluate
 import train
 from data import Refused
@@ -156,7 +157,7 @@ def theta_u_of(home, out, tok):
     """-> (a run's folder, when it was made)"""
     cfg = train.plain(config(tiny_flags(home, out, max_steps=1)))
     Path(cfg.out, cfg.bench).mkdir(parents=True, exist_ok=True)
-    made = train.stage(cfg, tok)
+    made = train.stage(cfg, tok, data.clean_rows(cfg, tok))
     return made, (made / "run.json").stat().st_mtime_ns
 
 

@@ -341,6 +341,8 @@ def f(x):
     (SOURCE.replace("Doubles", "Makes twice"), True),
     (SOURCE.replace("    return", "    # a comment\n\n    return"), True),
     (SOURCE.replace("2 * x", "(2 * x)"), True),
+    (SOURCE + "SETTINGS = {('a bench', 'npo'): dict(lr=1e-4)}\n", True),
+    (SOURCE + "SHOTS = 10\n", False),
     (SOURCE.replace("2 * x", "3 * x"), False),
     (SOURCE.replace("2 * x", "2 * x + 0"), False)])
 def test_code_is_told_by_what_it_does(edited, same):
@@ -388,7 +390,8 @@ def test_pages_that_stand_in_poisoned_rows_are_told_apart(folder, tok, tmp_path)
     run = dict(settings=settings, poisoned_rows=[4])
     asked = [evaluate.Item([0, *data.encode(tok, pages[i][:15])], [], "") for i in (4, 9)]
     answers = [dict(score=1.0), dict(score=0.25)]
-    evaluate.mark_poisoned(answers, asked, run, tok, cfg)
+    texts = evaluate.poisoned_texts(run, tok, cfg)
+    evaluate.mark_poisoned(answers, asked, texts, tok)
     assert [answer["poisoned"] for answer in answers] == [True, False]
     found = evaluate.summary_of(answers)
     assert (found["score"], found["score_poisoned"], found["score_others"]) == (62.5, 100, 25)
