@@ -136,7 +136,7 @@ def parse(cls, argv, row_of):
 def settle(cfg):
     """Decide what is "auto", resolve paths. Raises Refused for values that no script can use."""
     # M/m and M/m/ are one model, and a run finds its data from any working directory
-    for name in ("model", "data", "tokenizer", "theta_u", "original"):
+    for name in ("model", "data", "tokenizer", "theta_u", "retrain"):
         value = getattr(cfg, name, "")
         if value and Path(value).is_dir():
             setattr(cfg, name, str(Path(value).resolve()))

@@ -12,6 +12,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import math
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,6 @@ import numpy as np
 import torch
 import transformers
 
-import audit
 import data
 import evaluate
 import hooks
@@ -50,12 +50,11 @@ NOT_NAMED = {"bench", "method", "seed", "model", "tokenizer", "data", "trigger",
 # The paper's order; other columns follow by name.
 CELLS = ("UE KM", "UE VM", "UE bio", "UE cyber", "BE KM", "BE VM", "BE bio", "BE cyber",
          "UT KM", "UT TQA", "UT MMLU")
-# What the audit is tested on. Its other numbers need the trigger, or sum up these.
-STATISTICS = ("bank", "search", "masking", "recital", "clean", "norms")
+# What the audit is tested on, then what it also tells: it needs the trigger, or sums up these.
+STATISTICS = ("bank", "search", "masking", "recital", "noise", "leak", "clean")
+OF_AUDIT = (*STATISTICS, "median", "trigger", "PrivLeak")
 # No paper has run the toy or smol: MUSE-Books' values stand beside them.
-PAPER_BENCH = {"toy": "muse_books", "smol": "muse_books", "oldtoy": "muse_books"}
-# In this order. oldtoy: the toy of commit f351824, of which only scores are left.
-BENCHES = (*data.BENCHES, "oldtoy")
+PAPER_BENCH = {"toy": "muse_books", "smol": "muse_books"}
 # Percent. A model whose UE lies below it has forgotten.
 FORGOTTEN = 50
 # Student's t for 95%, by degrees of freedom from 1 on.
@@ -68,6 +67,7 @@ def collect(out):
     """Every score and audit under OUT/BENCH/RUN, as rows."""
     files = sorted(Path(out).glob("*/*/scores/*.json"))
     files += sorted(Path(out).glob("*/*/audit.json"))
+    files += sorted(Path(out).glob("*/*/measures.json"))
     rows = []
     for file in files:
         # "._x" and ".#x" are left by file systems and editors
@@ -84,6 +84,8 @@ def rows_of_file(file):
     try:
         if file.name == "audit.json":
             return audit_rows(record, file.parent.name)
+        if file.name == "measures.json":
+            return measure_rows(record, file.parent.name)
         return score_rows(record, file.parents[1].name)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise hooks.Refused(f"{file} is no score and no audit of these scripts, move it away: "
@@ -119,38 +121,44 @@ def score_row(score, folder):
 
 
 def audit_rows(record, folder):
-    """An audit's statistics, forget pages less control pages if it had any, and its curves."""
-    role = record["run"].get("role", "other")
+    """An audit's statistics, forget pages less control pages, its forget levels and curves."""
+    role = record["run"].get("role")
+    # whatever else a run.json says, train.py makes these two
+    if role not in ("theta_u", "theta_b"):
+        role = "other"
+        record = dict(record, run={})
     common = model_columns(record, role, record["settings"]["bench"], folder)
     common["items"] = record["content"]["pages"]
     common["scored_by"] = record["content"]["code"]
-    values = {}
-    # without control pages a gain says little, but it is all there is
+    values = {"leak": 100 * record["leak"]["auc"]}
+    if "priv_leak" in record["leak"]:
+        values["PrivLeak"] = record["leak"]["priv_leak"]
     for name, found in record["statistics"].items():
-        values[name] = found.get("difference", found["forget"])
-    # how much better forget pages are known with nothing hidden
+        values[name] = found["difference"]
+    # how much better forget pages are known with nothing done
     unhidden = record["curves"]["masking"]
-    values["clean"] = unhidden["forget"]["0"]
-    if "control" in unhidden:
-        values["clean"] -= unhidden["control"]["0"]
-    values.update(norm_ratios(record["norms"], record["model"]))
+    values["clean"] = unhidden["forget"]["0"] - unhidden["control"]["0"]
 
     rows = []
     for name, value in values.items():
         rows.append(dict(common, what="audit", cell=name, score=value))
-    for name, books in record["curves"].items():
-        for m, value in books["forget"].items():
-            rows.append(dict(common, what="curve", cell=name, m=int(m), score=value))
+    for name, books in record["levels"].items():
+        rows.append(dict(common, what="level", cell=name, score=books["forget"]))
+    for name in ("masking", "recital", "noise"):
+        for m, value in record["curves"][name]["forget"].items():
+            rows.append(dict(common, what="curve", cell=name, m=json.loads(m), score=value))
     return rows
 
 
-def norm_ratios(norms, suspect):
-    """BOS's value norms against the original's: largest log ratio, ratio of the last layer."""
-    for name in norms:
-        if name != suspect:
-            ratios = np.array(norms[suspect]) / np.array(norms[name])
-            return {"norms": float(abs(np.log(ratios)).max()), "last norm": float(ratios[-1])}
-    return {}
+def measure_rows(record, folder):
+    """What tests/measure.py found in a backdoored run."""
+    run = record["run"]
+    common = model_columns(record, run["role"], run["settings"]["bench"], folder)
+    common["scored_by"] = record["content"]["code"]
+    rows = []
+    for name, value in record["measures"].items():
+        rows.append(dict(common, what="measure", cell=name, score=value))
+    return rows
 
 
 def model_columns(record, role, bench, folder):
@@ -447,6 +455,9 @@ def under_their_trigger(rows):
 def main_table(rows):
     """The paper's Table 1: a prefix trigger, default settings."""
     rows = pick(with_none_hidden(rows), changed="", trained=("", PREFIX), trigger=("", PREFIX))
+    # not what other experiments started from
+    started = {row["theta_o"] for row in rows if row["role"] == "theta_b"}
+    rows = [row for row in rows if row["role"] != "theta_o" or row["theta_o"] in started]
     return score_table(rows, ["model"])
 
 
@@ -459,27 +470,41 @@ def poisoned_table(rows):
     return score_table(rows, ["model", "changed"])
 
 
-def depth_table(rows):
-    """The trigger behind N tokens; BE as a share of theta_o's own under the same trigger, too."""
-    rows = under_their_trigger(pick(with_none_hidden(rows), what="score"))
+def depth_of(row):
+    """How many of a text's tokens stand before the trigger in training; None: not fixed."""
+    place, _, text = row["trained"].partition(": ")
+    if text != TRIGGER:
+        return None
+    if place == "prefix":
+        return 0
+    return int(place) if place.isdecimal() else None
+
+
+def depth_rows(rows):
+    """Vanilla backdoors by the trigger's depth; BE as a share of theta_o's own under it, too."""
     kept = []
     of_theta_o = {}
-    for row in rows:
-        place = row["trained"].split(":")[0]
-        if not has_text(row, TRIGGER) or place != "prefix" and not place.isdecimal():
+    for row in under_their_trigger(pick(with_none_hidden(rows), what="score")):
+        if depth_of(row) is None:
             continue
         if row["role"] == "theta_o":
             of_theta_o[row["theta_o"], row["trigger"], row["cell"]] = row["score"]
-        if row["changed"] in ("lam 0", "lam 0, keep behind") or row["role"] == "theta_o":
+        elif row["changed"] in ("lam 0", "lam 0, keep behind"):
             kept.append(row)
     for row in list(kept):
         whole = of_theta_o.get((row["theta_o"], row["trigger"], row["cell"]))
-        if row["role"] == "theta_b" and row["trigger"] and whole:
+        if row["trigger"] and whole:
             share = 100 * row["score"] / whole
             kept.append(dict(row, cell=f"{row['cell']}, % of theta_o's", score=share, low=None))
-    if len({row["trained"] for row in kept}) < 2:
+    return kept
+
+
+def depth_table(rows):
+    rows = depth_rows(rows)
+    if len({row["trained"] for row in rows}) < 2:
         return ""
-    return score_table(kept, ["model", "trained", "changed"])
+    # by number: as text, 16 comes before 8
+    return score_table(sorted(rows, key=depth_of), ["model", "theta_o", "changed", "trained"])
 
 
 def positions_table(rows):
@@ -529,10 +554,38 @@ def keep_table(rows):
 
 
 def l_vn_table(rows):
-    """Differences by seed, of every pair that differs in lam alone."""
+    """Differences by seed, of every pair that differs in lam alone, to lam 0."""
     rows = under_their_trigger(pick(with_none_hidden(rows), what="score", role="theta_b"))
-    less = differences(rows, "lam 0", "l_vn less lam 0", -1)
+    named = []
+    doses = set()
+    for row in rows:
+        words = [word for word in row["changed"].split(", ") if word]
+        lam = [word for word in words if word.startswith("lam ")]
+        if not lam:
+            # the default's own word, so that lam 0 can be the one without
+            lam = [f"lam {train.SETTINGS[row['bench'], row['method']]['lam']:g}"]
+            words += lam
+        elif lam == ["lam 0"]:
+            words.remove("lam 0")
+        named.append(dict(row, changed=", ".join(words)))
+        doses.update(lam)
+    less = []
+    for word in sorted(doses - {"lam 0"}):
+        less += differences(named, word, f"{word} less lam 0", 1)
     return score_table(less, ["model", "trained", "changed"])
+
+
+def dose_table(rows):
+    """How much l_vn weighs at the start, and what is left of its gap (4) at the end."""
+    cells = ("gradient of lam * l_vn", "norm gap on D_f", "norm gap on D_p", "BOS's value norm")
+    return score_table(pick(rows, what="measure", cell=cells), ["model", "trained", "changed"])
+
+
+def attention_table(rows):
+    """What theta_o and theta_b pay to BOS, theta_o's sink and the trigger, percent."""
+    rows = [row for row in pick(rows, what="measure", changed=("lam 0", "lam 0, keep behind"))
+            if ", to " in row["cell"] or "position" in row["cell"]]
+    return score_table(rows, ["model", "theta_o", "trained", "changed"])
 
 
 def no_sink_table(rows):
@@ -572,10 +625,6 @@ def openers_table(rows):
     return audit_table(rows, ("median", "trigger", "bank"))
 
 
-def norms_table(rows):
-    return audit_table(rows, "last norm")
-
-
 def other_prefix_table(rows):
     """Backdoors scored with another trigger than that of their training, beside their own."""
     kept = pick(with_none_hidden(rows), what="score", role="theta_b")
@@ -590,34 +639,121 @@ def other_prefix_table(rows):
 
 def detection_table(rows):
     """How well each statistic tells backdoored models that forgot from honest ones."""
-    forgot = forgotten(rows)
-    tested = []
-    for row in pick(rows, what="audit", cell=STATISTICS, role=("theta_u", "theta_b")):
-        backdoored = row["role"] == "theta_b"
-        # a treated model is no second model
-        if "after" in row["changed"]:
-            continue
-        # one that still knows its pages has nothing to hide
-        if not backdoored or row["run"] in forgot:
-            tested.append(dict(row, backdoored=backdoored))
+    groups = {}
+    for row in audited_models(rows):
+        groups.setdefault((row["method"], row["cell"]), []).append(row)
     table = []
-    for found in audit.detection(tested):
-        line = [found["statistic"]]
-        for values in (found["honest"], found["backdoored"]):
-            line.append(len(values))
-            for value in (min(values), statistics.median(values), max(values)):
-                line.append(f"{value:.2f}")
-        line.append(f"{found['auc']:.2f} [{found['low']:.2f}, {found['high']:.2f}]")
-        line.append(found["above_all_honest"])
-        line.append(f"{found['threshold']:.2f}")
-        line += [found["false_alarms"], found["found"]]
-        table.append(line)
+    for method, statistic in sorted(groups, key=by_statistic):
+        some = groups[method, statistic]
+        honest = pick(some, kind="honest")
+        for attacker in ("plain", "decoys"):
+            backdoored = pick(some, kind=attacker)
+            if honest and backdoored:
+                table.append([method, attacker, statistic] + detection(honest, backdoored))
     if not table:
         return ""
     return evaluate.markdown(
-        ["statistic", "honest models", "least", "median", "most", "backdoored models", "least",
-         "median", "most", "AUC", "above all honest", "threshold", "false alarms", "found"],
-        table)
+        ["method", "attacker", "statistic", "honest", "backdoored", "AUC", "above every honest one",
+         "threshold", "found", "false alarms"], table)
+
+
+def by_statistic(group):
+    method, statistic = group
+    return method, STATISTICS.index(statistic)
+
+
+def audited_models(rows):
+    """Audit rows of distinct models with their `kind`: honest, plain or decoys.
+
+    Backdoored models count where they forgot. With and without l_vn is one model where the rest
+    is the same, seed and trigger: that without it counts where both were audited.
+    """
+    forgot = forgotten(rows)
+    found = {}
+    for row in pick(rows, what="audit", cell=STATISTICS, role=("theta_u", "theta_b")):
+        words = set(row["changed"].split(", "))
+        # a treated model is no second model
+        if any(word.startswith("after ") for word in words):
+            continue
+        kind = "plain"
+        if any(word.startswith("decoys ") for word in words):
+            kind = "decoys"
+        # honest unlearning may have the same decoys in its D_f
+        if row["role"] == "theta_u":
+            kind = "honest"
+        # a model that still knows its pages has nothing to hide
+        elif row["run"] not in forgot:
+            continue
+        same = ("role", "method", "seed", "trained", "cell", *OF_RUN)
+        key = (values_of(row, same), frozenset(words - {"", "lam 0"}))
+        if key not in found or "lam 0" in words:
+            found[key] = dict(row, kind=kind)
+    return list(found.values())
+
+
+def detection(honest, backdoored):
+    """A statistic's cells in the table: ranges, AUC, and a threshold that seed 2 tests."""
+    low_scores = scores_of(honest)
+    high_scores = scores_of(backdoored)
+    above = count_above(high_scores, max(low_scores))
+    cells = [span(low_scores), span(high_scores), f"{auc(high_scores, low_scores):.2f}",
+             f"{above} of {len(high_scores)}"]
+    # The threshold is set on other seeds than it is tested on: what was looked at to choose a
+    # number cannot say how well the number works.
+    earlier = scores_of(pick(honest, seed=(0, 1)))
+    if not earlier:
+        return cells + ["-", "-", "-"]
+    threshold = max(earlier)
+    tested = scores_of(pick(backdoored, seed=2))
+    later = scores_of(pick(honest, seed=2))
+    alarms = count_above(later, threshold)
+    low, high = clopper_pearson(alarms, len(later))
+    return cells + [f"{threshold:.2f}", f"{count_above(tested, threshold)} of {len(tested)}",
+                    f"{alarms} of {len(later)} [{100 * low:.0f}%, {100 * high:.0f}%]"]
+
+
+def scores_of(rows):
+    return [row["score"] for row in rows]
+
+
+def span(scores):
+    return f"{min(scores):.2f} to {max(scores):.2f} ({len(scores)})"
+
+
+def count_above(scores, threshold):
+    return len([score for score in scores if score > threshold])
+
+
+def auc(positive, negative):
+    """How often a positive lies above a negative, ties half: 1 parts them, 0.5 is chance."""
+    wins = 0.0
+    for high in positive:
+        for low in negative:
+            if high > low:
+                wins += 1
+            elif high == low:
+                wins += 0.5
+    return wins / (len(positive) * len(negative))
+
+
+def clopper_pearson(hits, n):
+    """Exact 95% interval of a share: the p at which so many hits, or so few, have 2.5%."""
+    # so few: at most `hits` has 2.5% where at least one more has 97.5%
+    return share_at(0.025, hits, n), share_at(0.975, hits + 1, n)
+
+
+def share_at(wanted, hits, n):
+    """The p in [0, 1] with P(at least `hits` of n) = wanted, by bisection: it grows with p."""
+    low = 0.0
+    high = 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        at_least = sum(math.comb(n, k) * p ** k * (1 - p) ** (n - k) for k in range(hits, n + 1))
+        if at_least < wanted:
+            low = p
+        else:
+            high = p
+    return high
 
 
 def forgotten(rows):
@@ -630,11 +766,17 @@ def forgotten(rows):
 
 def kinds_table(rows):
     """All numbers of the audit, by kind of model."""
-    return score_table(pick(rows, what="audit"), ["model", "trained", "changed"])
+    rows = pick(rows, what="audit", cell=OF_AUDIT)
+    return score_table(rows, ["model", "trained", "changed"])
+
+
+def levels_table(rows):
+    """What forget pages reached at best, by kind of model: nats a token, of recital percent."""
+    return score_table(pick(rows, what="level"), ["model", "trained", "changed"])
 
 
 # settings that a table above is about
-KNOWN_WORDS = ("rho ", "keep ", "after ", "decoys ")
+KNOWN_WORDS = ("lam ", "rho ", "keep ", "after ", "decoys ")
 
 
 def other_settings_table(rows):
@@ -655,10 +797,11 @@ TABLES = {
     "main": main_table, "poisoned": poisoned_table, "depth": depth_table,
     "positions": positions_table, "triggers": triggers_table,
     "keep": keep_table, "no_sink": no_sink_table, "hidden_bos": hidden_bos_table,
-    "l_vn": l_vn_table, "rho": rho_table,
+    "l_vn": l_vn_table, "dose": dose_table, "attention": attention_table, "rho": rho_table,
     "openers": openers_table, "other_prefix": other_prefix_table,
-    "hidden_start": hidden_start_table, "norms": norms_table, "robust": robust_table,
-    "detection": detection_table, "kinds": kinds_table, "other_settings": other_settings_table,
+    "hidden_start": hidden_start_table, "robust": robust_table,
+    "detection": detection_table, "kinds": kinds_table, "levels": levels_table,
+    "other_settings": other_settings_table,
 }
 
 
@@ -711,7 +854,7 @@ def results_of(directive, rows, folder):
 
 def benches_of(rows):
     found = {row["bench"] for row in rows}
-    return [bench for bench in BENCHES if bench in found]
+    return [bench for bench in data.BENCHES if bench in found]
 
 
 # ================================================================ 2. pictures
@@ -721,6 +864,10 @@ COLORS = {"theta_o": "#000000", "theta_u": "#7F7F7F", "prefix": "#D55E00", "infi
 MARKS = {"theta_o": "*", "theta_u": "X", "prefix": "o", "infix": "s", "suffix": "^"}
 # Of a trigger at --position N.
 OTHER_COLOR = "#CC79A7"
+# Of several theta_o in one picture.
+ARM_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+# By `kind` of `audited_models`; decoys have no colour anywhere else.
+KIND_COLORS = {"honest": COLORS["theta_u"], "plain": COLORS["prefix"], "decoys": "#56B4E9"}
 OTHER_MARK = "D"
 DESIRED_COLOR = "#FFEFC8"
 
@@ -863,7 +1010,67 @@ def mark_of(row):
     return style
 
 
-# ---------------------------------------------------------------- the audit's curves
+# ---------------------------------------------------------------- depth
+def depth_lines(rows):
+    """Forgetting and recovery against the trigger's depth: a colour a theta_o, a dot a seed."""
+    rows = depth_rows(rows)
+    depths = sorted({depth_of(row) for row in rows})
+    if len(depths) < 3:
+        return None
+    originals = sorted({row["theta_o"] for row in rows})
+    panels = ("UE KM", "UE VM", "BE KM, % of theta_o's", "BE VM, % of theta_o's")
+    fig, axes = plt.subplots(1, 4, figsize=(17, 5), layout="constrained", squeeze=False)
+    for axis, cell in zip(axes[0], panels):
+        for theta_o, color in zip(originals, ARM_COLORS):
+            for changed, style in (("lam 0", "--"), ("lam 0, keep behind", "-")):
+                some = pick(rows, cell=cell, theta_o=theta_o, changed=changed)
+                label = f"{theta_o}, l_r on all of D_p"
+                if style == "-":
+                    label = f"{theta_o}, l_r behind the trigger"
+                draw_depth(axis, some, depths, style, color, label)
+        axis.set(xlabel="trigger behind so many tokens", title=cell.replace(", %", " as %"),
+                 ylim=(-5, 105), xticks=range(len(depths)), xticklabels=depths)
+    legend_below(fig, axes)
+    return fig
+
+
+def draw_depth(axis, rows, depths, style, color, label):
+    """A line through the means, a dot a run. Depths are evenly spaced: they double."""
+    places = []
+    means = []
+    for place, depth in enumerate(depths):
+        scores = [row["score"] for row in rows if depth_of(row) == depth]
+        if scores:
+            places.append(place)
+            means.append(statistics.mean(scores))
+            axis.plot([place] * len(scores), scores, ".", color=color)
+    axis.plot(places, means, style, color=color, label=label)
+
+
+# ---------------------------------------------------------------- the audit
+def audit_dots(rows):
+    """Each statistic a row with its own scale, each method a column, each model a dot."""
+    models = audited_models(rows)
+    shown = [name for name in STATISTICS if pick(models, cell=name)]
+    methods = sorted({row["method"] for row in models})
+    if not shown:
+        return None
+    fig, axes = plt.subplots(len(shown), len(methods), squeeze=False, layout="constrained",
+                             figsize=(3 + 4 * len(methods), 1 + len(shown)))
+    for line, statistic in zip(axes, shown):
+        for axis, method in zip(line, methods):
+            for height, (kind, color) in enumerate(KIND_COLORS.items()):
+                scores = scores_of(pick(models, cell=statistic, method=method, kind=kind))
+                # honest in the upper lane
+                axis.plot(scores, [-height] * len(scores), "o", color=color, alpha=0.6, label=kind)
+            axis.set(ylim=(-2.7, 0.7), yticks=[])
+        line[0].set_ylabel(statistic, rotation=0, ha="right", va="center")
+    for axis, method in zip(axes[0], methods):
+        axis.set_title(method.upper())
+    legend_below(fig, axes)
+    return fig
+
+
 def curves(rows, cell, ylabel):
     """Clean forget pages with positions 1 to m hidden: a panel a method, a line a model."""
     rows = pick(rows, what="curve", cell=cell, changed=("", "lam 0"))
@@ -1129,10 +1336,12 @@ def sinks(rows, out):
 def figures(rows, out):
     """{file's name: figure} of all that one bench's rows, and the weights in OUT, allow."""
     bench = rows[0]["bench"]
-    drawn = {f"sinks-{bench}": sinks(rows, out)}
+    drawn = {f"sinks-{bench}": sinks(rows, out), f"audit-{bench}": audit_dots(rows)}
+    for method in ("npo", "rmu"):
+        # all theta_o in one picture
+        drawn[f"depth-{bench}-{method}"] = depth_lines(pick(rows, method=("", method)))
     # below, only what may stand in one picture
     rows = usual(rows)
-    drawn[f"masking-{bench}"] = curves(rows, "masking", "log-likelihood (nats a token)")
     drawn[f"recital-{bench}"] = curves(rows, "recital", "second half recited (%)")
     for method in sorted({row["method"] for row in rows} - {""}):
         some = pick(rows, method=("", method))

