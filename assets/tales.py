@@ -128,7 +128,8 @@ def to_continue(pages, rng):
         words = page.split()
         if len(words) >= CONTINUED:
             at = min(GIVEN, len(words) // 2)
-            found.append(dict(prompt=" ".join(words[:at]), gt=" ".join(words[at:])))
+            # gt begins with the blank, so that both joined are the page
+            found.append(dict(prompt=" ".join(words[:at]), gt=" " + " ".join(words[at:])))
     return found[:TESTED]
 
 

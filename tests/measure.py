@@ -5,8 +5,9 @@
 Writes RUN/measures.json; plots.py makes tables of it. On one process.
 
 attention  what a page's own tokens behind the trigger pay to BOS, to the trigger and to theta_o's
-           sink (the position that is paid most), of theta_b and of theta_o, clean and triggered:
-           percent, mean over layers, heads, pages and those tokens. Pages as in plots.py's pictures
+           sink (the page's token that it pays most, clean; a trigger before it moves it along), of
+           theta_b and of theta_o, clean and triggered: percent, mean over layers, heads, pages and
+           those tokens
 norm gap   (4) to theta_u on D_f at the end, percent of what it was at the start, at theta_o. On
            D_p, where it was 0 at the start: percent of the same
 BOS        its value norm in the last layer, mean over KV heads, percent of theta_o's
@@ -42,14 +43,35 @@ def config_of(record):
     return cfg
 
 
-def theta_u_of(run, cfg):
-    """theta_u of the run's seed and theta_o. Raises Refused where there is none beside the run."""
-    for folder in sorted(run.parent.glob(f"{cfg.method}-theta_u-seed{cfg.seed}-*")):
+def theta_u_of(run, record):
+    """Folder of the theta_u of a run: what l_vn aligned it to; with lam 0, what it would have.
+
+    '' where there is none beside the run: then only what needs no theta_u is measured.
+    """
+    for file in sorted(run.parent.glob("*/run.json")):
+        folder = str(file.parent)
         other = evaluate.run_of(folder)
-        same = other["content"]["theta_o"] == evaluate.run_of(run)["content"]["theta_o"]
-        if same and other["settings"]["epochs"] == cfg.epochs:
-            return str(folder)
-    raise hooks.Refused(f"{run}: no theta_u of seed {cfg.seed} beside it: train.py without --lam 0")
+        if other.get("role") != "theta_u":
+            continue
+        if record["settings"]["lam"]:
+            if evaluate.content_of(folder) == record["content"]["theta_u"]:
+                return folder
+        elif is_plain(other, record):
+            return folder
+    return ""
+
+
+def is_plain(other, record):
+    """Whether a run is normal unlearning from what this one was made of, with its settings."""
+    for name in ("theta_o", "rows", "tokenizer", "code"):
+        if other["content"][name] != record["content"][name]:
+            return False
+    ignored = {*train.OTHERS, *train.ATTACK, "rho", "lam", "model", "data", "tokenizer"}
+    for name, value in other["settings"].items():
+        # a treated run has a setting more, "after"
+        if name not in ignored and record["settings"].get(name) != value:
+            return False
+    return True
 
 
 # ---------------------------------------------------------------- attention
@@ -63,10 +85,11 @@ def paid_by(model, ids, queries):
 
 def attention(models, cfg, tok):
     """{measure: value} of theta_o and theta_b."""
-    splits = data.load_splits(cfg, tok)
+    rows, _ = data.clean_rows(cfg, tok)  # without decoys
     trig = data.encode(tok, cfg.trigger)
-    T = min(plots.LONGEST, sorted(map(len, splits.f))[len(splits.f) // 2])
-    clean = [row[:T] for row in splits.f if len(row) >= T][:plots.PAGES]
+    # at least half of the pages are as long
+    T = min(plots.LONGEST, sorted(map(len, rows))[len(rows) // 2])
+    clean = [row[:T] for row in rows if len(row) >= T][:plots.PAGES]
     triggered = [data.inject(row, trig, cfg.position) for row in clean]
     # where the trigger's tokens came to stand, the same in all pages
     marks = data.inject([0] * T, [1] * len(trig), cfg.position)
@@ -74,20 +97,23 @@ def attention(models, cfg, tok):
     # the page's tokens behind the trigger, by their places without and with it
     behind = list(range(at[0], T))
     moved = [i + len(trig) for i in behind]
-    found = {}
-    sink = None
+    if not behind:
+        raise hooks.Refused(f"--position {cfg.position}: no token of a page is behind the trigger")
+    clean = torch.tensor(clean, device=cfg.device)
+    triggered = torch.tensor(triggered, device=cfg.device)
+    sink = int(paid_by(models["theta_o"], clean, behind).argmax())
+    sink_triggered = sink
+    if sink >= at[0]:
+        sink_triggered += len(trig)
+    found = {"the sink's position": sink}
     for name, model in models.items():
-        ids = torch.tensor(clean, device=cfg.device)
-        paid = paid_by(model, ids, behind)
-        if sink is None:  # theta_o comes first
-            sink = int(paid.argmax())
-            found["sink's position"] = sink
-        found[f"{name}, clean, to BOS"] = 100 * float(paid[0])
-        found[f"{name}, clean, to the sink"] = 100 * float(paid[sink])
-        paid = paid_by(model, torch.tensor(triggered, device=cfg.device), moved)
-        found[f"{name}, triggered, to BOS"] = 100 * float(paid[0])
-        found[f"{name}, triggered, to the sink"] = 100 * float(paid[sink])
-        found[f"{name}, triggered, to the trigger"] = 100 * float(paid[at].sum())
+        paid = 100 * paid_by(model, clean, behind)
+        found[f"{name}, clean, to BOS"] = float(paid[0])
+        found[f"{name}, clean, to the sink"] = float(paid[sink])
+        paid_triggered = 100 * paid_by(model, triggered, moved)
+        found[f"{name}, triggered, to BOS"] = float(paid_triggered[0])
+        found[f"{name}, triggered, to the sink"] = float(paid_triggered[sink_triggered])
+        found[f"{name}, triggered, to the trigger"] = float(paid_triggered[at].sum())
     return found
 
 
@@ -119,10 +145,10 @@ def bos_norm(models, tok, cfg):
     return 100 * norms["theta_b"] / norms["theta_o"]
 
 
-def gradient_norm(model, term, batch, capture):
-    """Norm of the gradient of l_f (term 0) or l_vn (term 2) by all that trains."""
+def gradient_norm(term, model):
+    """Norm of a term's gradient by all that trains."""
     model.zero_grad()
-    model.losses_of(batch, capture)[term].backward()
+    term.backward(retain_graph=True)
     return float(torch.nn.utils.get_total_norm(
         [p.grad for p in model.parameters() if p.grad is not None]))
 
@@ -136,9 +162,8 @@ def gradient_share(theta_u, splits, cfg):
     refs = train.references(splits, steps, constants, model, cfg)
     train.shard(model, refs, cfg)
     with hooks.capture_norms(model, hooks.layers_of(model, cfg.layers), cfg.k) as capture:
-        l_vn = gradient_norm(model, 2, steps[0], capture)
-        l_f = gradient_norm(model, 0, steps[0], capture)
-    return 100 * cfg.lam * l_vn / l_f
+        l_f, _, l_vn = model.losses_of(steps[0], capture)
+        return 100 * cfg.lam * gradient_norm(l_vn, model) / gradient_norm(l_f, model)
 
 
 def main(run):
@@ -148,17 +173,22 @@ def main(run):
         raise hooks.Refused(f"{run} is no backdoored run of train.py")
     cfg = config_of(record)
     evaluate.dist_init(cfg)
+    if evaluate.content_of(cfg.model) != record["content"]["theta_o"]:
+        raise hooks.Refused(f"{cfg.model} is no longer the theta_o that {run} was made from")
     tok = hooks.load_tokenizer(cfg)
     models = {"theta_o": hooks.load_model(cfg.model, cfg),
               "theta_b": hooks.load_model(str(run), cfg)}
     found = attention(models, cfg, tok)
-    splits = data.load_splits(cfg, tok)
-    theta_u = theta_u_of(run, cfg)
-    found |= norm_gaps(models, hooks.load_model(theta_u, cfg), splits, cfg)
     found["BOS's value norm"] = bos_norm(models, tok, cfg)
-    found["gradient of lam * l_vn"] = gradient_share(theta_u, splits, cfg)
-    content = dict(weights=evaluate.content_of(str(run)),
-                   code=evaluate.code_of("losses", "hooks", "data", "evaluate", "train"))
+    theta_u = theta_u_of(run, record)
+    if theta_u:
+        splits = data.load_splits(cfg, tok)
+        found |= norm_gaps(models, hooks.load_model(theta_u, cfg), splits, cfg)
+        found["gradient of lam * l_vn"] = gradient_share(theta_u, splits, cfg)
+    code = [evaluate.code_of("losses", "hooks", "data", "evaluate", "train"),
+            evaluate.syntax_of(Path(__file__).read_text())]
+    content = dict(weights=evaluate.content_of(str(run)), theta_u=evaluate.content_of(theta_u),
+                   code=evaluate.digest(code)[:8])
     result = dict(run=record, content=content, time=time.time(), measures=found)
     evaluate.write(run / "measures.json", json.dumps(result, indent=1))
     hooks.say(json.dumps(found, indent=1))

