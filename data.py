@@ -27,7 +27,7 @@ MUSE = dict(
 # layout "chunks": the joined text in pieces of T tokens; "pages": a text a row
 BENCHES = {
     "toy": dict(model=f"{TOY}/model", data=f"{TOY}/books", T=144, layout="pages",
-                tasks="knowmem,verbmem"),
+                tasks="knowmem,verbmem", gen_batch=80),  # all of a task's prompts at once
     "smol": dict(model="out/smol/model", data="out/smol/books", T=216, layout="pages",
                  tasks="knowmem,verbmem"),  # made by assets/toy/make.py
     "muse_books": dict(model="muse-bench/MUSE-Books_target", data="muse-bench/MUSE-Books", **MUSE),
