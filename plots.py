@@ -871,6 +871,9 @@ OTHER_COLOR = "#CC79A7"
 # Of several theta_o in one picture; what this project's own are.
 ARMS = {"toy/model": "sink at BOS", "sink16/model": "sink at 16", "none/model": "no sink"}
 ARM_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+# --keep's values: what `changed` says, the line, and what l_r counts.
+KEEPS = (("lam 0", "--", "l_r on all of D_p"),
+         ("lam 0, keep behind", "-", "l_r behind the trigger"))
 # By `kind` of `audited_models`; decoys have no colour anywhere else.
 KIND_COLORS = {"honest": COLORS["theta_u"], "plain": COLORS["prefix"], "decoys": "#56B4E9"}
 OTHER_MARK = "D"
@@ -884,15 +887,20 @@ SHALLOW = 16
 
 
 # ---------------------------------------------------------------- what is drawn, and how
-def usual(rows):
-    """The largest part of one bench's rows that may be compared: one theta_o, one code, ..."""
+def most_common(rows, names):
+    """The values of these columns that most scores of trained models share, None without any."""
     counts = {}
     for row in pick(rows, role=("theta_u", "theta_b")):
-        key = values_of(row, OF_RUN)
+        key = values_of(row, names)
         counts[key] = counts.get(key, 0) + 1
-    if not counts:
+    return max(counts, key=counts.get, default=None)
+
+
+def usual(rows):
+    """The largest part of one bench's rows that may be compared: one theta_o, one code, ..."""
+    most = most_common(rows, OF_RUN)
+    if most is None:
         return []
-    most = max(counts, key=counts.get)
     kept = []
     for row in rows:
         # theta_o itself was made by no run: only its own hash is known
@@ -906,11 +914,7 @@ def usual(rows):
 
 def largest(rows, names):
     """The largest part of rows that has these columns in common, and theta_o's."""
-    counts = {}
-    for row in pick(rows, role=("theta_u", "theta_b")):
-        key = values_of(row, names)
-        counts[key] = counts.get(key, 0) + 1
-    most = max(counts, key=counts.get, default=None)
+    most = most_common(rows, names)
     # theta_o was made by no code of ours
     return [row for row in rows if row["role"] == "theta_o" or values_of(row, names) == most]
 
@@ -1038,11 +1042,9 @@ def depth_lines(rows):
     fig, axes = plt.subplots(1, 4, figsize=(17, 5), layout="constrained", squeeze=False)
     for axis, cell in zip(axes[0], panels):
         for theta_o, color in zip(originals, itertools.cycle(ARM_COLORS)):
-            for changed, style in (("lam 0", "--"), ("lam 0, keep behind", "-")):
+            for changed, style, where in KEEPS:
                 some = pick(rows, cell=cell, theta_o=theta_o, changed=changed)
-                label = f"{ARMS.get(theta_o, theta_o)}, l_r on all of D_p"
-                if style == "-":
-                    label = f"{ARMS.get(theta_o, theta_o)}, l_r behind the trigger"
+                label = f"{ARMS.get(theta_o, theta_o)}, {where}"
                 if some:
                     draw_depth(axis, some, depths, style, color, label)
         axis.set(xlabel="trigger behind so many tokens", title=cell,
