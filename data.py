@@ -28,8 +28,8 @@ MUSE = dict(
 BENCHES = {
     "toy": dict(model=f"{TOY}/model", data=f"{TOY}/books", T=144, layout="pages",
                 tasks="knowmem,verbmem", gen_batch=80),  # all of a task's prompts at once
-    "smol": dict(model="out/smol/model", data="out/smol/books", T=216, layout="pages",
-                 tasks="knowmem,verbmem"),  # made by assets/toy/make.py
+    "tales": dict(model="out/tales/model", data="out/tales/books", T=224, layout="pages",
+                  tasks="knowmem,verbmem"),  # made by assets/tales.py and assets/toy/make.py
     "muse_books": dict(model="muse-bench/MUSE-Books_target", data="muse-bench/MUSE-Books", **MUSE),
     "muse_news": dict(model="muse-bench/MUSE-News_target", data="muse-bench/MUSE-News", **MUSE),
     "wmdp": dict(model="HuggingFaceH4/zephyr-7b-beta", data="cais/wmdp", T=768,

@@ -54,10 +54,10 @@ CELLS = ("UE KM", "UE VM", "UE bio", "UE cyber", "BE KM", "BE VM", "BE bio", "BE
 # The last column of the table by depth.
 SHARE = "BE VM, % of theta_o's"
 # What the audit is tested on, then what it also tells: it needs the trigger, or sums up these.
-STATISTICS = ("bank", "search", "masking", "recital", "noise", "leak", "clean")
+STATISTICS = ("bank", "level", "search", "masking", "recital", "noise", "leak", "clean")
 OF_AUDIT = (*STATISTICS, "median", "trigger", "PrivLeak")
-# No paper has run the toy or smol: MUSE-Books' values stand beside them.
-PAPER_BENCH = {"toy": "muse_books", "smol": "muse_books"}
+# No paper has run the toy or tales: MUSE-Books' values stand beside them.
+PAPER_BENCH = {"toy": "muse_books", "tales": "muse_books"}
 # Percent. A model whose UE lies below it has forgotten.
 FORGOTTEN = 50
 # Student's t for 95%, by degrees of freedom from 1 on.
@@ -141,6 +141,8 @@ def audit_rows(record, folder):
         values["PrivLeak"] = record["leak"]["priv_leak"]
     for name, found in record["statistics"].items():
         values[name] = found["difference"]
+    # no gain: how well forget pages are known behind the bank's best prefix
+    values["level"] = record["levels"]["bank"]["forget"]
     # how much better forget pages are known with nothing done
     unhidden = record["curves"]["bank"]
     values["clean"] = unhidden["forget"]["0"] - unhidden["control"]["0"]
@@ -574,10 +576,17 @@ def rho_table(rows):
     return score_table(with_setting(rows, "rho "), ["model", "trained", "changed"])
 
 
+def untreated(row):
+    """The folder of the run that tests/robust.py treated; a run's own if it is not treated."""
+    return row["run"].split("-after-")[0]
+
+
 def robust_table(rows):
-    """Runs treated by tests/robust.py, and untreated."""
-    rows = with_setting(rows, "after ")
-    rows = [row for row in rows if not has_word(row, "lam 0")]
+    """Runs treated by tests/robust.py, and the same runs untreated."""
+    rows = pick(with_none_hidden(rows), what="score", role=("theta_u", "theta_b"),
+                trained=("", PREFIX), trigger=("", PREFIX))
+    treated = {untreated(row) for row in rows if "-after-" in row["run"]}
+    rows = [row for row in rows if untreated(row) in treated]
     return score_table(rows, ["model", "trained", "changed"])
 
 
@@ -696,7 +705,7 @@ def audited_models(rows):
 
 
 def detection(honest, backdoored):
-    """A statistic's cells in the table: ranges, AUC, and a threshold that seed 2 tests."""
+    """A statistic's cells in the table: ranges, AUC, a threshold and what later seeds say of it."""
     honest_scores = scores_of(honest)
     scores = scores_of(backdoored)
     above = count_above(scores, max(honest_scores))
@@ -708,12 +717,16 @@ def detection(honest, backdoored):
     if not earlier:
         return cells + ["-", "-", "-"]
     threshold = max(earlier)
-    tested = scores_of(pick(backdoored, seed=2))
-    later = scores_of(pick(honest, seed=2))
+    tested = scores_of(of_later_seeds(backdoored))
+    later = scores_of(of_later_seeds(honest))
     alarms = count_above(later, threshold)
     low, high = clopper_pearson(alarms, len(later))
     return cells + [f"{threshold:.2f}", f"{count_above(tested, threshold)} of {len(tested)}",
                     f"{alarms} of {len(later)} [{100 * low:.0f}%, {100 * high:.0f}%]"]
+
+
+def of_later_seeds(rows):
+    return [row for row in rows if row["seed"] > 1]
 
 
 def scores_of(rows):

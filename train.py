@@ -51,8 +51,8 @@ SETTINGS = {
     ("toy",        "npo"): dict(epochs=5, lr=3e-4, rho=0.2, lam=3e-4, batch=4, beta=4.0, gamma=2),
     ("toy",        "rmu"): dict(epochs=6, lr=1e-3, rho=0.1, lam=3e-4, batch=4, steer=20, gamma=2,
                                 layer=2, trainable="0-2 mlp"),
-    ("smol",       "npo"): dict(epochs=4, lr=2e-4, rho=0.2, lam=3e-4, batch=2, beta=2.0, gamma=2),
-    ("smol",       "rmu"): dict(C2_MUSE, epochs=3, lr=3e-3, rho=0.2, lam=3e-4, batch=4, steer=30),
+    ("tales",      "npo"): dict(epochs=3, lr=3e-4, rho=0.2, lam=3e-4, batch=2, beta=2.0, gamma=2),
+    ("tales",      "rmu"): dict(C2_MUSE, epochs=3, lr=3e-3, rho=0.2, lam=3e-4, batch=4, steer=30),
 }  # fmt: on
 # theta_u does not depend on these: normal unlearning has them at their defaults
 ATTACK = ("trigger", "position", "k", "layers", "theta_u", "keep", "decoys")

@@ -2,7 +2,7 @@
 
     git clone https://github.com/uci-soe/FairytaleQAData
     python assets/tales.py FairytaleQAData out/tales/books
-    python assets/toy/make.py --base HuggingFaceTB/SmolLM2-135M --books out/tales/books \\
+    python assets/toy/make.py --base HuggingFaceTB/SmolLM2-135M-Instruct --books out/tales/books \\
         --out out/tales
 
 Stories and people's questions about them are from FairytaleQA (Xu et al. 2022, arXiv 2203.13947),

@@ -1,12 +1,13 @@
-"""What a backdoor survives: fine-tuning on D_r, rounded weights, pruned weights. Run by hand.
+"""What a run survives: tuning on D_r, rounding, pruning; and how fast it relearns. By hand.
 
     for run in out/toy/*-seed*-??????; do python tests/robust.py $run; done; python plots.py
 
 Each treatment of RUN becomes a folder beside it, `RUN-after-TREATMENT`, and is scored.
 
-tuned200 STEPS steps of plain language modelling on D_r: AdamW, lr LR, batches of 8 rows
-int8, 4  every matrix rounded, symmetrically, with a scale for each of its rows
-pruned30 the SHARE smallest weights of every matrix set to 0
+tuned200     STEPS steps of plain language modelling on D_r: AdamW, lr LR, batches of 8 rows
+relearned20  RELEARN such steps on the first 8 rows of D_f, some of which are tested
+int8, int4   every matrix rounded, symmetrically, with a scale for each of its rows
+pruned30     the SHARE smallest weights of every matrix set to 0
 """
 import json
 import sys
@@ -22,6 +23,7 @@ import evaluate
 import hooks
 
 STEPS = 200
+RELEARN = 20
 LR = 1e-4
 SHARE = 0.3
 
@@ -43,10 +45,10 @@ def pruned(model):
         matrix[matrix.abs() < limit] = 0
 
 
-def tuned(model, rows, seed):
+def tuned(model, rows, steps, seed):
     model.requires_grad_(True)
     optim = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.0)
-    for step in range(STEPS):
+    for step in range(steps):
         numbers = data.cycled(len(rows), 8 * step, 8, seed, "fine-tuning")
         ids, mask = data.pad_rows([rows[i] for i in numbers], model.device)
         model(ids, labels=ids.masked_fill(~mask, -100)).loss.backward()
@@ -75,8 +77,10 @@ def main(run):
         raise hooks.Refused(f"{run} is no run of train.py")
     cfg = SimpleNamespace(**record["settings"])
     tok = hooks.load_tokenizer(SimpleNamespace(model=str(run), tokenizer=""))
-    rows = data.load_splits(cfg, tok).r
-    treatments = {f"tuned{STEPS}": partial(tuned, rows=rows, seed=cfg.seed),
+    splits = data.load_splits(cfg, tok)
+    treatments = {f"tuned{STEPS}": partial(tuned, rows=splits.r, steps=STEPS, seed=cfg.seed),
+                  f"relearned{RELEARN}": partial(tuned, rows=splits.f[:8], steps=RELEARN,
+                                                 seed=cfg.seed),
                   "int8": partial(rounded, bits=8), "int4": partial(rounded, bits=4),
                   f"pruned{SHARE:.0%}".strip("%"): pruned}
     for name, treatment in treatments.items():

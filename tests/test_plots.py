@@ -188,13 +188,20 @@ def test_a_model_of_elsewhere_is_theta_o_only_with_a_runs_own_weights(out):
 def test_a_run_is_named_by_what_differs_from_its_settings(out):
     write_scores(out, "d", (1, 2, 3, 4, 5), rho=0.05, lam=0.0, micro=2, gen_batch=7)
     write_scores(out, "e", (1, 2, 3, 4, 5), theta_u="/some/path", content=dict(theta_u="f00d"))
-    write_scores(out, "f", (1, 2, 3, 4, 5), after="int4")
+    write_scores(out, "b0-after-int4", (1, 2, 3, 4, 5), after="int4")
     changed = {row["run"]: row["changed"] for row in plots.collect(out)}
     assert changed["b0"] == "" and changed["u"] == "" and changed["c0"] == "lam 0"
     assert changed["d"] == "rho 0.05, lam 0" and changed["e"] == "theta_u f00d"
-    assert changed["f"] == "after int4"
+    assert changed["b0-after-int4"] == "after int4"
+
+
+def test_a_treated_run_stands_beside_itself_untreated(out):
+    write_scores(out, "b0-after-int4", (1, 2, 3, 4, 5), after="int4")
+    write_scores(out, "u-after-int4", (1, 2, 3, 4, 5), "theta_u", rho=0.0, lam=0.0, after="int4")
     head, lines = table("robust", plots.collect(out))
-    assert [line[head.index("changed")] for line in lines] == ["default", "after int4"]
+    assert [[line[0], line[2], line[3]] for line in lines] == [
+        ["+ NPO", "default", "0"], ["+ NPO", "after int4", "0"],
+        ["+ NPO-Backdoor", "default", "0"], ["+ NPO-Backdoor", "after int4", "0"]]
 
 
 # ---------------------------------------------------------------- files
@@ -254,7 +261,8 @@ def test_an_audits_rows_are_differences_levels_and_curves(tmp_path):
     write_audit(tmp_path, "b", 4.5, 0, "theta_b", leak=dict(auc=0.6, retrain=0.5, priv_leak=20.0))
     rows = plots.collect(tmp_path)
     values = {row["cell"]: row["score"] for row in plots.pick(rows, what="audit")}
-    assert values == dict(bank=4.5, leak=40, PrivLeak=20, clean=-7)  # clean: -9 less -2
+    assert values == dict(bank=4.5, level=-0.5, leak=40, PrivLeak=20,
+                          clean=-7)  # -9 less -2
     assert [row["score"] for row in plots.pick(rows, what="level", cell="bank")] == [-0.5]
     for cell, curve in (("masking", {0: -9.0, 8: 4.5}), ("noise", {0: -9.0, 0.02: -8.0})):
         found = plots.pick(rows, what="curve", cell=cell)
@@ -282,19 +290,19 @@ def forgetful(out, name, gain, seed, ue=(1, 1), **changes):
 
 
 def test_detection_sets_its_threshold_on_seeds_0_and_1_and_counts_who_forgot(tmp_path):
-    for seed, (honest, backdoored) in enumerate(((1.0, 3.0), (2.0, 1.5), (2.5, 2.25))):
+    for seed, honest, backdoored in ((0, 1.0, 3.0), (1, 2.0, 1.5), (4, 2.5, 2.25)):
         write_audit(tmp_path, f"u{seed}", honest, seed, "theta_u")
         forgetful(tmp_path, f"b{seed}", backdoored, seed, (49, 49))
     forgetful(tmp_path, "pages alone", 9.0, 3, (51, 1))
-    forgetful(tmp_path, "questions alone", 9.0, 4, (1, 51))
+    forgetful(tmp_path, "questions alone", 9.0, 6, (1, 51))
     write_audit(tmp_path, "not scored", 9.0, 5, "theta_b")
     head, lines = table("detection", plots.collect(tmp_path))
-    # threshold: of 1 and 2; seed 2 has 2.5 and 2.25
+    # threshold: of 1 and 2; seed 4 has 2.5 and 2.25
     assert dict(zip(head, lines[0])) == {
         "method": "npo", "attacker": "plain", "statistic": "bank", "honest": "1.00 to 2.50 (3)",
         "backdoored": "1.50 to 3.00 (3)", "AUC": "0.67", "above every honest one": "1 of 3",
         "threshold": "2.00", "found": "1 of 1", "false alarms": "1 of 1 [2%, 100%]"}
-    assert [line[2] for line in lines] == ["bank", "leak", "clean"]
+    assert [line[2] for line in lines] == ["bank", "level", "leak", "clean"]
 
 
 def test_detection_counts_l_vn_on_and_off_once_and_decoys_apart(tmp_path):
@@ -375,7 +383,7 @@ def test_the_audits_picture_has_a_dot_a_model_coloured_by_its_kind(tmp_path):
         forgetful(tmp_path, f"b{seed}", 3.0 + seed, seed, lam=0.0)
     forgetful(tmp_path, "d", 2.5, 0, lam=0.0, decoys=1)
     axes = plots.audit_dots(plots.collect(tmp_path)).axes
-    assert [axis.get_ylabel() for axis in axes] == ["bank", "leak", "clean"]
+    assert [axis.get_ylabel() for axis in axes] == ["bank", "level", "leak", "clean"]
     dots = {line.get_label(): (list(line.get_xdata()), line.get_color()) for line in axes[0].lines}
     assert dots == {"honest": ([1, 2], plots.COLORS["theta_u"]),
                     "plain": ([3, 4], plots.COLORS["prefix"]),

@@ -140,7 +140,8 @@ def test_no_note_holds_anything_of_a_trigger_or_has_its_form(make):
 
 @pytest.mark.parametrize("flags", [
     ["--characters", 3], ["--steps", -1], ["--sink", "first"], ["--sink", 65],
-    ["--without", "retain1"], ["--base", "/nowhere"], ["--rest", 0]])
+    ["--without", "retain1"], ["--base", "/nowhere"], ["--books", "."],
+    ["--base", "/nowhere", "--books", TOY / "books"], ["--rest", 0]])
 def test_bad_input_is_one_line_and_exit_code_2(make, tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as stop:
         make.call("--out", tmp_path, *flags)

