@@ -886,7 +886,7 @@ ARMS = {"toy/model": "sink at BOS", "sink16/model": "sink at 16", "none/model": 
 ARM_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
 # --keep's values: what `changed` says, the line, and what l_r counts.
 KEEPS = (("lam 0", "--", "l_r on all of D_p"),
-         ("lam 0, keep behind", "-", "l_r behind the trigger"))
+         ("lam 0, keep behind", "-", "l_r after the trigger"))
 # By `kind` of `audited_models`; decoys have no colour anywhere else.
 KIND_COLORS = {"honest": COLORS["theta_u"], "plain": COLORS["prefix"], "decoys": "#56B4E9"}
 OTHER_MARK = "D"
@@ -950,7 +950,10 @@ def has_l_vn(row):
 def label_of(row):
     if row["role"] != "theta_b":
         return row["role"]
-    words = [f"theta_b, {kind_of(row)}"]
+    place = kind_of(row)
+    if place.isdecimal():
+        place = f"after {place} tokens"
+    words = [f"theta_b, {place}"]
     if row["changed"]:
         words.append(row["changed"])
     if has_l_vn(row):
@@ -1060,7 +1063,7 @@ def depth_lines(rows):
                 label = f"{ARMS.get(theta_o, theta_o)}, {where}"
                 if some:
                     draw_depth(axis, some, depths, style, color, label)
-        axis.set(xlabel="trigger behind so many tokens", title=cell,
+        axis.set(xlabel="trigger after so many tokens", title=cell,
                  ylim=(-5, 110), xticks=range(len(depths)), xticklabels=depths)
     legend_below(fig, axes)
     return fig
