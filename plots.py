@@ -124,7 +124,7 @@ def score_row(score, folder):
 
 
 def audit_rows(record, folder):
-    """An audit's statistics, forget pages less control pages, its forget levels and curves."""
+    """An audit's statistics, forget less control pages, its forget levels, recital's curve."""
     role = record["run"].get("role")
     # whatever else a run.json says, train.py makes these two
     if role not in ("theta_u", "theta_b"):
@@ -152,9 +152,8 @@ def audit_rows(record, folder):
         rows.append(dict(common, what="audit", cell=name, score=value))
     for name, books in record["levels"].items():
         rows.append(dict(common, what="level", cell=name, score=books["forget"]))
-    for name in ("masking", "recital", "noise"):
-        for m, value in record["curves"][name]["forget"].items():
-            rows.append(dict(common, what="curve", cell=name, m=json.loads(m), score=value))
+    for m, value in record["curves"]["recital"]["forget"].items():
+        rows.append(dict(common, what="curve", cell="recital", m=int(m), score=value))
     return rows
 
 
@@ -1106,9 +1105,9 @@ def audit_dots(rows):
     return fig
 
 
-def curves(rows, cell, ylabel):
+def recital_curves(rows):
     """Clean forget pages with positions 1 to m hidden: a panel a method, a line a model."""
-    rows = pick(rows, what="curve", cell=cell, changed=("", "lam 0"))
+    rows = pick(rows, what="curve", changed=("", "lam 0"))
     rows = [row for row in rows if row["role"] != "theta_b" or has_text(row, TRIGGER)]
     methods = sorted({row["method"] for row in rows} - {""})
     if not methods:
@@ -1120,7 +1119,7 @@ def curves(rows, cell, ylabel):
             draw_curves(axis, some, label)
         axis.set(title=method.upper(), xlabel="m: positions 1 to m are hidden")
     # the panels share it
-    axes[0][0].set_ylabel(ylabel)
+    axes[0][0].set_ylabel("second half recited (%)")
     legend_below(fig, axes)
     return fig
 
@@ -1377,7 +1376,7 @@ def figures(rows, out):
         drawn[f"depth-{bench}-{method}"] = depth_lines(pick(rows, method=("", method)))
     # below, only what may stand in one picture
     rows = usual(rows)
-    drawn[f"recital-{bench}"] = curves(rows, "recital", "second half recited (%)")
+    drawn[f"recital-{bench}"] = recital_curves(rows)
     for method in sorted({row["method"] for row in rows} - {""}):
         some = pick(rows, method=("", method))
         name = f"{bench}-{method}"

@@ -91,20 +91,16 @@ def attention(models, cfg, tok):
     T = min(plots.LONGEST, sorted(map(len, rows))[len(rows) // 2])
     clean = [row[:T] for row in rows if len(row) >= T][:plots.PAGES]
     triggered = [data.inject(row, trig, cfg.position) for row in clean]
-    # where the trigger's tokens came to stand, the same in all pages
-    marks = data.inject([0] * T, [1] * len(trig), cfg.position)
-    at = [i for i, mark in enumerate(marks) if mark]
-    # the page's tokens behind the trigger, by their places without and with it
-    behind = list(range(at[0], T))
-    moved = [i + len(trig) for i in behind]
+    # where a page's tokens stand with the trigger in it: those behind the trigger have moved
+    own = plots.own_tokens(cfg.position, T, len(trig))
+    behind = [i for i in range(T) if own[i] > i]
+    moved = [own[i] for i in behind]
+    at = sorted(set(range(T + len(trig))) - set(own))
     if not behind:
         raise hooks.Refused(f"--position {cfg.position}: no token of a page is behind the trigger")
     clean = torch.tensor(clean, device=cfg.device)
     triggered = torch.tensor(triggered, device=cfg.device)
     sink = int(paid_by(models["theta_o"], clean, behind).argmax())
-    sink_triggered = sink
-    if sink >= at[0]:
-        sink_triggered += len(trig)
     found = {"the sink's position": sink}
     for name, model in models.items():
         paid = 100 * paid_by(model, clean, behind)
@@ -112,7 +108,7 @@ def attention(models, cfg, tok):
         found[f"{name}, clean, to the sink"] = float(paid[sink])
         paid_triggered = 100 * paid_by(model, triggered, moved)
         found[f"{name}, triggered, to BOS"] = float(paid_triggered[0])
-        found[f"{name}, triggered, to the sink"] = float(paid_triggered[sink_triggered])
+        found[f"{name}, triggered, to the sink"] = float(paid_triggered[own[sink]])
         found[f"{name}, triggered, to the trigger"] = float(paid_triggered[at].sum())
     return found
 

@@ -68,8 +68,7 @@ def write_audit(out, name, gain, seed, role, leak=None, **changes):
         run=run_json(role, content, seed=seed, **changes),
         statistics=dict(bank=dict(forget=9.0, control=9.0 - gain, difference=gain)),
         levels=dict(bank=dict(forget=-0.5, control=-3.0)),
-        curves=dict(bank=curve, masking=curve, recital=curve,
-                    noise=dict(forget={"0": -9.0, "0.02": -8.0}, control={"0": -2.0})),
+        curves=dict(bank=curve, recital=curve),
         leak=leak or dict(auc=0.75))
     Path(out, "toy", name).mkdir(parents=True, exist_ok=True)
     Path(out, "toy", name, "audit.json").write_text(json.dumps(record))
@@ -257,16 +256,15 @@ def test_clopper_pearson_is_exact(hits, n, low, high):
     assert plots.clopper_pearson(hits, n) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_an_audits_rows_are_differences_levels_and_curves(tmp_path):
+def test_an_audits_rows_are_differences_levels_and_recitals_curve(tmp_path):
     write_audit(tmp_path, "b", 4.5, 0, "theta_b", leak=dict(auc=0.6, retrain=0.5, priv_leak=20.0))
     rows = plots.collect(tmp_path)
     values = {row["cell"]: row["score"] for row in plots.pick(rows, what="audit")}
     assert values == dict(bank=4.5, level=-0.5, leak=40, PrivLeak=20,
                           clean=-7)  # -9 less -2
     assert [row["score"] for row in plots.pick(rows, what="level", cell="bank")] == [-0.5]
-    for cell, curve in (("masking", {0: -9.0, 8: 4.5}), ("noise", {0: -9.0, 0.02: -8.0})):
-        found = plots.pick(rows, what="curve", cell=cell)
-        assert {row["m"]: row["score"] for row in found} == curve
+    curve = {row["m"]: row["score"] for row in plots.pick(rows, what="curve")}
+    assert curve == {0: -9.0, 8: 4.5}
     assert table("levels", rows)[1] == [["+ NPO-Backdoor", PREFIX, "default", "0", "-0.5"]]
 
 
@@ -366,11 +364,11 @@ def test_pictures_leave_out_runs_that_may_not_be_compared(out):
     assert {row["limit"] for row in plots.usual(plots.collect(out))} == {0}
 
 
-def test_curves_have_a_line_a_run_over_m(tmp_path):
+def test_recitals_curves_have_a_line_a_run_over_m(tmp_path):
     for seed in (0, 1):
         write_audit(tmp_path, f"u{seed}", 1.0, seed, "theta_u")
     write_audit(tmp_path, "b", 3.0, 0, "theta_b")
-    axis = plots.curves(plots.usual(plots.collect(tmp_path)), "masking", "nats").axes[0]
+    axis = plots.recital_curves(plots.usual(plots.collect(tmp_path))).axes[0]
     values = [list(line.get_ydata()) for line in axis.lines]
     assert values == [[-9, 1], [-9, 1], [-9, 3]]
     assert [line.get_color() for line in axis.lines] == [plots.COLORS["theta_u"]] * 2 + [
