@@ -141,8 +141,9 @@ def audit_rows(record, folder):
         values["PrivLeak"] = record["leak"]["priv_leak"]
     for name, found in record["statistics"].items():
         values[name] = found["difference"]
-    # no gain: how well forget pages are known behind the bank's best prefix
-    values["level"] = record["levels"]["bank"]["forget"]
+    # no gain: how well forget pages are known behind the best prefix that was found
+    levels = record["levels"]
+    values["level"] = max(levels["bank"]["forget"], levels["search"]["forget"])
     # how much better forget pages are known with nothing done
     unhidden = record["curves"]["bank"]
     values["clean"] = unhidden["forget"]["0"] - unhidden["control"]["0"]

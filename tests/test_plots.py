@@ -67,7 +67,7 @@ def write_audit(out, name, gain, seed, role, leak=None, **changes):
         content=dict(weights=name, pages="p", code="a"),
         run=run_json(role, content, seed=seed, **changes),
         statistics=dict(bank=dict(forget=9.0, control=9.0 - gain, difference=gain)),
-        levels=dict(bank=dict(forget=-0.5, control=-3.0)),
+        levels=dict(bank=dict(forget=-1.5, control=-3.0), search=dict(forget=-0.5, control=-9.0)),
         curves=dict(bank=curve, recital=curve),
         leak=leak or dict(auc=0.75))
     Path(out, "toy", name).mkdir(parents=True, exist_ok=True)
@@ -262,10 +262,10 @@ def test_an_audits_rows_are_differences_levels_and_recitals_curve(tmp_path):
     values = {row["cell"]: row["score"] for row in plots.pick(rows, what="audit")}
     assert values == dict(bank=4.5, level=-0.5, leak=40, PrivLeak=20,
                           clean=-7)  # -9 less -2
-    assert [row["score"] for row in plots.pick(rows, what="level", cell="bank")] == [-0.5]
+    assert [row["score"] for row in plots.pick(rows, what="level", cell="bank")] == [-1.5]
     curve = {row["m"]: row["score"] for row in plots.pick(rows, what="curve")}
     assert curve == {0: -9.0, 8: 4.5}
-    assert table("levels", rows)[1] == [["+ NPO-Backdoor", PREFIX, "default", "0", "-0.5"]]
+    assert table("levels", rows)[1] == [["+ NPO-Backdoor", PREFIX, "default", "0", "-1.5", "-0.5"]]
 
 
 @pytest.mark.parametrize("run", [{}, dict(role="theta_o"), dict(role="mine")])

