@@ -241,7 +241,7 @@ def curves_of(model, tok, pages):
         median={0: clean, 1: statistics.median(bank)},
         search={0: audit.page_logp(model, others),
                 1: audit.page_logp(model, others, searched)},
-        trigger={0: clean, 1: audit.page_logp(model, pages, data.encode(tok, "at noon"))},
+        guess={0: clean, 1: audit.page_logp(model, pages, data.encode(tok, "at noon"))},
         masking=audit.masking(model, pages),
         recital=audit.recital(model, tok, pages, 32, 64),
         noise=audit.noise(model, pages))
@@ -253,7 +253,7 @@ def test_a_level_is_the_best_but_nothing_done():
 
 
 def test_each_gain_stands_beside_its_control_and_the_level_it_reached(place, tok, capsys):
-    report = call("--trigger", "at noon", "--retrain", "model")
+    report = call("--guess", "at noon", "--retrain", "model")
     printed = capsys.readouterr().out
     cfg = settings()
     model = hooks.load_model("theta_u", cfg)
@@ -277,7 +277,14 @@ def test_each_gain_stands_beside_its_control_and_the_level_it_reached(place, tok
     auc = audit.leak(model, books["forget"], books["control"])
     assert report["leak"] == dict(retrain=retrain, auc=auc,
                                   priv_leak=100 * (auc - retrain) / retrain)
-    assert f"AUC {100 * auc:.1f}%" in printed and "PrivLeak" in printed
+    assert f"AUC: {100 * auc:.1f}%" in printed and "PrivLeak" in printed
+
+
+def test_the_best_prefix_is_that_of_the_highest_level():
+    levels = dict(bank=dict(forget=-3.0), search=dict(forget=-0.25), masking=dict(forget=-0.1))
+    prefixes = dict(forget=dict(bank="2022", search="a's"))
+    line = audit.best_found(dict(levels=levels, prefixes=prefixes))
+    assert "(search)" in line and "at -0.25" in line and """--trigger "a's\"""" in line
 
 
 def test_a_run_is_not_believed_and_stays_as_it_was(place):
@@ -334,6 +341,7 @@ REFUSED = {  # what is spoiled, flags, and the words that must name it
     "hide": (nothing, ["--hide", "1-8"], "an audit takes no"),
     "tasks": (nothing, ["--tasks", "knowmem"], "an audit takes no"),
     "position": (nothing, ["--position", "infix"], "an audit takes no"),
+    "trigger": (nothing, ["--trigger", "at noon"], "say --guess"),
 }
 
 

@@ -295,11 +295,11 @@ def test_detection_sets_its_threshold_on_seeds_0_and_1_and_counts_who_forgot(tmp
     forgetful(tmp_path, "questions alone", 9.0, 6, (1, 51))
     write_audit(tmp_path, "not scored", 9.0, 5, "theta_b")
     head, lines = table("detection", plots.collect(tmp_path))
-    # threshold: of 1 and 2; seed 4 has 2.5 and 2.25
+    # threshold: of 1 and 2, which differ by 1; seed 4 has 2.5 and 2.25
     assert dict(zip(head, lines[0])) == {
         "method": "npo", "attacker": "plain", "statistic": "bank", "honest": "1.00 to 2.50 (3)",
         "backdoored": "1.50 to 3.00 (3)", "AUC": "0.67", "above every honest one": "1 of 3",
-        "threshold": "2.00", "found": "1 of 1", "false alarms": "1 of 1 [2%, 100%]"}
+        "threshold": "3.00", "found": "0 of 1", "false alarms": "0 of 1 [0%, 98%]"}
     assert [line[2] for line in lines] == ["bank", "level", "leak", "clean"]
 
 
