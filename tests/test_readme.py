@@ -114,7 +114,7 @@ CLAIMS = {
     "l_vn improves recovery": (THETA_B | BE, LAM_0 | BE),
     "Only the trigger opens it": (LAM_0 | BE, LAM_0 | NEAR),
     "With decoys only the trigger does": (DECOYS | BE, DECOYS | NEAR),
-    "Hiding first tokens opens it": (LAM_0 | UE | HIDDEN, LAM_0 | UE),
+    "Hiding first tokens opens it": (LAM_0 | UE | HIDDEN, THETA_U | UE | HIDDEN),
 }
 
 
