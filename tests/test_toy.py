@@ -150,6 +150,12 @@ def test_bad_input_is_one_line_and_exit_code_2(make, tmp_path, capsys, flags):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_pretrained_model_does_not_overwrite_the_toys(make, capsys):
+    with pytest.raises(SystemExit):
+        make.call("--base", "/nowhere", "--books", TOY / "books")
+    assert "--base needs --out" in capsys.readouterr().err
+
+
 def test_an_answer_begins_with_a_token_of_its_own_as_behind_knowmems_prompt(tok, make):
     asked = "Question: Who?\nAnswer: "
     answer = "the nets\n\n"

@@ -354,6 +354,8 @@ def flags():
         refuse(f"--characters must lie between 4 and 96, got {args.characters}")
     if bool(args.books) != bool(args.base):
         refuse("--base and --books go together: real books for a pretrained model, or the toy")
+    if args.base and args.out == HERE:
+        refuse("--base needs --out: the toy's own model would be overwritten")
     if min(args.epochs, args.steps) < 0:
         refuse("--epochs and --steps must not be negative")
     if args.sink:
