@@ -558,22 +558,19 @@ def triggers_table(rows):
     return score_table(found, ["model", "trained", "changed"])
 
 
-def with_setting(rows, start):
-    """Backdoors with a setting that begins like this, such as 'rho ', and those without it."""
+def rho_table(rows):
+    """Backdoors with another rho, beside the same with the default one."""
     kept = []
     tried = set()
     beside = ("theta_o", "method", "trained")
     for row in under_their_trigger(pick(with_none_hidden(rows), what="score", role="theta_b")):
         words = set(row["changed"].split(", ")) - {"", "lam 0"}
-        if has_text(row, TRIGGER) and all(word.startswith(start) for word in words):
+        if has_text(row, TRIGGER) and all(word.startswith("rho ") for word in words):
             kept.append(row)
             if words:
                 tried.add(values_of(row, beside))
-    return [row for row in kept if values_of(row, beside) in tried]
-
-
-def rho_table(rows):
-    return score_table(with_setting(rows, "rho "), ["model", "trained", "changed"])
+    kept = [row for row in kept if values_of(row, beside) in tried]
+    return score_table(kept, ["model", "trained", "changed"])
 
 
 def untreated(row):
