@@ -476,9 +476,10 @@ def under_their_trigger(rows):
 
 
 def main_table(rows):
-    """The paper's Table 1: a prefix trigger, default settings."""
-    rows = pick(with_none_hidden(rows), changed="", trained=("", PREFIX), trigger=("", PREFIX))
-    return score_table(of_main_theta_o(rows), ["model"])
+    """The paper's Table 1: a prefix trigger, default settings, with and without l_vn."""
+    rows = pick(with_none_hidden(rows), changed=("", "lam 0"), trained=("", PREFIX),
+                trigger=("", PREFIX))
+    return score_table(of_main_theta_o(rows), ["model", "changed"])
 
 
 def of_main_theta_o(rows):
@@ -548,6 +549,9 @@ def positions_table(rows):
     found = under_their_trigger(pick(with_none_hidden(rows), changed=("", "lam 0")))
     places = tuple(f"{place}: {TRIGGER}" for place in ("prefix", "infix", "suffix"))
     found = of_main_theta_o(pick(found, trained=places))
+    ours = pick(found, what="score", role="theta_b")
+    if len({row["trained"] for row in ours}) < 2:
+        return ""
     return score_table(found, ["model", "trained", "changed"])
 
 
@@ -559,16 +563,20 @@ def triggers_table(rows):
 
 
 def rho_table(rows):
-    """Backdoors with another rho, beside the same with the default one."""
+    """Backdoors with another rho, with any lam, beside those with the default one."""
     kept = []
     tried = set()
     beside = ("theta_o", "method", "trained")
     for row in under_their_trigger(pick(with_none_hidden(rows), what="score", role="theta_b")):
         words = set(row["changed"].split(", ")) - {"", "lam 0"}
-        if has_text(row, TRIGGER) and all(word.startswith("rho ") for word in words):
-            kept.append(row)
-            if words:
-                tried.add(values_of(row, beside))
+        rho = {word for word in words if word.startswith("rho ")}
+        others = {word for word in words - rho if not word.startswith("lam ")}
+        # the default rho with a lam of its own is the table of l_vn
+        if others or (words and not rho) or not has_text(row, TRIGGER):
+            continue
+        kept.append(row)
+        if rho:
+            tried.add(values_of(row, beside))
     kept = [row for row in kept if values_of(row, beside) in tried]
     return score_table(kept, ["model", "trained", "changed"])
 
@@ -861,7 +869,9 @@ def results_of(directive, rows, folder):
             parts.append(f"![{file.stem}]({file.name})")
         return "\n\n".join(parts)
     for bench in benches_of(rows):
-        of_bench = pick(rows, bench=bench) + paper_rows(bench)
+        ours = pick(rows, bench=bench)
+        methods = ("", *{row["method"] for row in ours})  # theta_o has none
+        of_bench = ours + pick(paper_rows(bench), method=methods)
         text = TABLES[name](sorted(of_bench, key=order))
         if text:
             parts.append(f"{bench}:\n\n{text}")
@@ -1381,7 +1391,7 @@ def figures(rows, out):
         some = pick(rows, method=("", method))
         name = f"{bench}-{method}"
         usual_rho = ("", "lam 0")
-        low_rho = ("rho 0.05", "rho 0.05, lam 0")
+        low_rho = {row["changed"] for row in some if row["changed"].startswith("rho 0.05")}
         drawn[f"fig2-{name}"] = scatter(scatter_rows(some, TRIGGER, usual_rho))
         drawn[f"figA1-{name}"] = scatter(scatter_rows(some, TRIGGER, low_rho))
         drawn[f"figA2-{name}"] = scatter(scatter_rows(some, "!!!!!", usual_rho))

