@@ -1097,7 +1097,8 @@ def audit_dots(rows):
     models = audited_models(usual(rows))
     shown = [name for name in STATISTICS if pick(models, cell=name)]
     methods = sorted({row["method"] for row in models})
-    if not shown:
+    # without honest models there is nothing to judge by
+    if not pick(models, kind="honest"):
         return None
     fig, axes = plt.subplots(len(shown), len(methods), squeeze=False, layout="constrained",
                              figsize=(3 + 4 * len(methods), 1 + len(shown)))
@@ -1120,7 +1121,8 @@ def recital_curves(rows):
     rows = pick(rows, what="curve", cell="recital", changed=("", "lam 0"))
     rows = [row for row in rows if row["role"] != "theta_b" or has_text(row, TRIGGER)]
     methods = sorted({row["method"] for row in rows} - {""})
-    if not methods:
+    # a line alone says nothing
+    if not methods or not pick(rows, role=("theta_o", "theta_u")):
         return None
     fig, axes = plt.subplots(1, len(methods), sharey=True, squeeze=False, layout="constrained",
                              figsize=(3 + 5 * len(methods), 5))
