@@ -56,6 +56,8 @@ SHARE = "BE VM, % of theta_o's"
 # What the audit is tested on, then what it also tells: it needs more, or sums up these.
 STATISTICS = ("bank", "level", "search", "masking", "recital", "noise", "leak", "clean")
 OF_AUDIT = (*STATISTICS, "said", "median", "guess", "PrivLeak")
+# What `changed` says of a bench's default settings, with l_vn and without.
+WITH_OR_WITHOUT = ("", "lam 0")
 # No paper has run the toy or tales: MUSE-Books' values stand beside them.
 PAPER_BENCH = {"toy": "muse_books", "tales": "muse_books"}
 # Percent. A model whose UE lies below it has forgotten.
@@ -477,7 +479,7 @@ def under_their_trigger(rows):
 
 def main_table(rows):
     """The paper's Table 1: a prefix trigger, default settings, with and without l_vn."""
-    rows = pick(with_none_hidden(rows), changed=("", "lam 0"), trained=("", PREFIX),
+    rows = pick(with_none_hidden(rows), changed=WITH_OR_WITHOUT, trained=("", PREFIX),
                 trigger=("", PREFIX))
     return score_table(of_main_theta_o(rows), ["model", "changed"])
 
@@ -495,7 +497,7 @@ def of_main_theta_o(rows):
 def poisoned_table(rows):
     """Pages recovered that D_p holds, and pages that it does not."""
     rows = pick(rows, what="score", hide="", trained=PREFIX, trigger=PREFIX,
-                changed=("", "lam 0"), cell=("BE VM", "BE VM poisoned", "BE VM others"))
+                changed=WITH_OR_WITHOUT, cell=("BE VM", "BE VM poisoned", "BE VM others"))
     if not pick(rows, cell="BE VM poisoned"):
         return ""
     return score_table(of_main_theta_o(rows), ["model", "changed"])
@@ -546,7 +548,7 @@ def by_arm(row):
 
 def positions_table(rows):
     """The paper's Table A4, one trigger at the paper's positions."""
-    found = under_their_trigger(pick(with_none_hidden(rows), changed=("", "lam 0")))
+    found = under_their_trigger(pick(with_none_hidden(rows), changed=WITH_OR_WITHOUT))
     places = tuple(f"{place}: {TRIGGER}" for place in ("prefix", "infix", "suffix"))
     found = of_main_theta_o(pick(found, trained=places))
     ours = pick(found, what="score", role="theta_b")
@@ -557,7 +559,7 @@ def positions_table(rows):
 
 def triggers_table(rows):
     """The paper's Table A4, the other triggers."""
-    found = under_their_trigger(pick(with_none_hidden(rows), changed=("", "lam 0")))
+    found = under_their_trigger(pick(with_none_hidden(rows), changed=WITH_OR_WITHOUT))
     found = [row for row in found if not has_text(row, TRIGGER)]
     return score_table(found, ["model", "trained", "changed"])
 
@@ -809,7 +811,7 @@ def other_settings_table(rows):
     kept = []
     for row in pick(with_none_hidden(rows), what="score", role=("theta_u", "theta_b")):
         for word in row["changed"].split(", "):
-            known = word in ("", "lam 0") or word.startswith(KNOWN_WORDS)
+            known = word in WITH_OR_WITHOUT or word.startswith(KNOWN_WORDS)
             if not known and row["trigger"] in ("", row["trained"] or PREFIX):
                 kept.append(row)
                 break
@@ -1118,7 +1120,7 @@ def audit_dots(rows):
 
 def recital_curves(rows):
     """Clean forget pages with positions 1 to m hidden: a panel a method, a line a model."""
-    rows = pick(rows, what="curve", cell="recital", changed=("", "lam 0"))
+    rows = pick(rows, what="curve", cell="recital", changed=WITH_OR_WITHOUT)
     rows = [row for row in rows if row["role"] != "theta_b" or has_text(row, TRIGGER)]
     methods = sorted({row["method"] for row in rows} - {""})
     # a line alone says nothing
@@ -1175,7 +1177,7 @@ def find_models(rows, out):
     """{label: row} of theta_u and of theta_b by prefix and infix, whose weights are in OUT."""
     found = {}
     wanted = ("", PREFIX, f"infix: {TRIGGER}")
-    for row in pick(rows, role=("theta_u", "theta_b"), trained=wanted, changed=("", "lam 0")):
+    for row in pick(rows, role=("theta_u", "theta_b"), trained=wanted, changed=WITH_OR_WITHOUT):
         # rows are in the order of seeds: the lowest stays
         if label_of(row) not in found and has_weights(row, out):
             found[label_of(row)] = row
@@ -1392,11 +1394,10 @@ def figures(rows, out):
     for method in sorted({row["method"] for row in rows} - {""}):
         some = pick(rows, method=("", method))
         name = f"{bench}-{method}"
-        usual_rho = ("", "lam 0")
         low_rho = {row["changed"] for row in some if row["changed"].startswith("rho 0.05")}
-        drawn[f"fig2-{name}"] = scatter(scatter_rows(some, TRIGGER, usual_rho))
+        drawn[f"fig2-{name}"] = scatter(scatter_rows(some, TRIGGER, WITH_OR_WITHOUT))
         drawn[f"figA1-{name}"] = scatter(scatter_rows(some, TRIGGER, low_rho))
-        drawn[f"figA2-{name}"] = scatter(scatter_rows(some, "!!!!!", usual_rho))
+        drawn[f"figA2-{name}"] = scatter(scatter_rows(some, "!!!!!", WITH_OR_WITHOUT))
         for figure, made in checkpoint_figures(some, out).items():
             drawn[f"{figure}-{name}"] = made
     return {name: figure for name, figure in drawn.items() if figure}

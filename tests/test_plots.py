@@ -163,8 +163,9 @@ def test_precisions_and_numbers_of_items_stand_apart(out):
         write_scores(out, precision, (50, 50, 50, 50, 50), seed=seed, precision=precision)
     write_scores(out, "b0", (60, 60, 60, 60, 60), limit=20)
     head, lines = table("main", plots.collect(out))
+    lines = [line for line in lines if line[head.index("changed")] == "default"]
     keys = [(line[head.index("precision")], line[head.index("limit")], line[head.index("seeds")])
-            for line in of_model(lines, "+ NPO-Backdoor") if line[1] == "default"]
+            for line in of_model(lines, "+ NPO-Backdoor")]
     assert sorted(keys) == [("bf16_mixed", "0", "0"), ("bf16_pure", "0", "1"),
                             ("fp32", "0", "0, 1, 2"), ("fp32", "20", "0")]
 
