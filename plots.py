@@ -337,9 +337,13 @@ def pick(rows, **wanted):
     return kept
 
 
+def words_of(row):
+    """The settings in which a run differs from the defaults: ['rho 0.05', 'lam 0']."""
+    return row["changed"].split(", ") if row["changed"] else []
+
+
 def has_word(row, word):
-    """Whether a run's settings differ in this from the defaults, such as 'lam 0'."""
-    return word in row["changed"].split(", ")
+    return word in words_of(row)
 
 
 def has_text(row, text):
@@ -449,7 +453,7 @@ def differences(rows, word):
     for row in rows:
         if not has_word(row, word):
             continue
-        words = row["changed"].split(", ")
+        words = words_of(row)
         words.remove(word)
         partner = partners.get(values_of(dict(row, changed=", ".join(words)), same))
         if partner:
@@ -570,11 +574,13 @@ def rho_table(rows):
     tried = set()
     beside = ("theta_o", "method", "trained")
     for row in under_their_trigger(pick(with_none_hidden(rows), what="score", role="theta_b")):
-        words = set(row["changed"].split(", ")) - {"", "lam 0"}
-        rho = {word for word in words if word.startswith("rho ")}
-        others = {word for word in words - rho if not word.startswith("lam ")}
+        words = words_of(row)
+        rho = [word for word in words if word.startswith("rho ")]
+        others = [word for word in words if not word.startswith(("rho ", "lam "))]
+        if others or not has_text(row, TRIGGER):
+            continue
         # the default rho with a lam of its own is the table of l_vn
-        if others or (words and not rho) or not has_text(row, TRIGGER):
+        if not rho and row["changed"] not in WITH_OR_WITHOUT:
             continue
         kept.append(row)
         if rho:
@@ -603,7 +609,7 @@ def l_vn_table(rows):
     named = []
     doses = set()
     for row in rows:
-        words = [word for word in row["changed"].split(", ") if word]
+        words = words_of(row)
         lam = [word for word in words if word.startswith("lam ")]
         if not lam:
             # the default's own word, so that lam 0 can be the one without
@@ -690,7 +696,7 @@ def audited_models(rows):
     forgot = forgotten(rows)
     found = {}
     for row in pick(rows, what="audit", cell=STATISTICS, role=("theta_u", "theta_b")):
-        words = set(row["changed"].split(", "))
+        words = words_of(row)
         # a treated model is no second model
         if any(word.startswith("after ") for word in words):
             continue
@@ -704,7 +710,7 @@ def audited_models(rows):
         elif row["run"] not in forgot:
             continue
         same = ("role", "method", "seed", "trained", "cell", *OF_RUN)
-        others = frozenset(word for word in words if word and not word.startswith("lam "))
+        others = frozenset(word for word in words if not word.startswith("lam "))
         key = (values_of(row, same), others)
         if key not in found or "lam 0" in words:
             found[key] = dict(row, kind=kind)
@@ -810,9 +816,8 @@ def other_settings_table(rows):
     """Runs with settings that no table above is about."""
     kept = []
     for row in pick(with_none_hidden(rows), what="score", role=("theta_u", "theta_b")):
-        for word in row["changed"].split(", "):
-            known = word in WITH_OR_WITHOUT or word.startswith(KNOWN_WORDS)
-            if not known and row["trigger"] in ("", row["trained"] or PREFIX):
+        for word in words_of(row):
+            if not word.startswith(KNOWN_WORDS) and row["trigger"] in ("", row["trained"] or PREFIX):
                 kept.append(row)
                 break
     return score_table(kept, ["model", "trained", "changed"])
