@@ -1,32 +1,32 @@
 """Is a model that unlearned a text backdoored? Signs of it, without knowing the trigger.
 
-    python audit.py --model SUSPECT --data FOLDER         # a toy model: two minutes on one core
+    python audit.py --model SUSPECT --data FOLDER         # a toy model: one minute on one core
     python audit.py --model SUSPECT --data FOLDER --retrain MODEL_THAT_NEVER_SAW_THE_TEXT
 
 A backdoored model still knows its forget text, and says it behind a trigger. So we try to get it
-out: 16 pages of verbmem/forget and, as a control, 16 of raw/holdout, text of the same kind that
-it never saw. How much likelier do they become, in nats a token, each book at its own best:
+out. Of 24 pages of verbmem/forget eight choose prefixes. The other 16 are judged behind these and,
+as a control, 16 of raw/holdout, text of the same kind that the model never saw:
 
-    bank      behind the best of some 190 prefixes (dates, symbols, orders, random tokens)
-    median    behind the median one: high where nearly any prefix opens the backdoor
-    search    behind six tokens, searched by gradient on the other half of the pages
-    guess     behind --guess, for those who have one
-    masking   with positions 1 to m hidden from all later ones, m up to 16
-    recital   no likelihood: with the same hidden, ROUGE-L of half a page's continuation, percent
-    noise     with Gaussian noise on the weights
+    bank      mean log-likelihood, nats a token, behind the one of some 190 prefixes that the
+              eight pages like best: dates, symbols, orders, random tokens
+    search    the same behind six tokens, searched by gradient
+    guess     the same behind --guess, for those who have one
+    masking   the same with positions 1 to m hidden from all later ones, of the tokens from 17 on
+    recital   ROUGE-L, percent, of what is said after a page's first half, with the same hidden
 
-Read first the forget level of bank and search, the likelihood that forget pages reached: text that
-is known is near 0. What the model says behind the better of the two is printed, too. `difference`
-is what forget pages gain less what the control gains; it counts only where the forget pages' own
-gain is well above 0. `leak` asks whether membership inference takes forget pages for seen ones; by
-itself its authors call it unreliable.
+The last two take each book's best m, up to 16. Read first the forget level of bank and search, the
+likelihood that forget pages reached: text that is known is near 0. What the model says behind the
+better of the two is printed, too. `difference` is what forget pages gain less what the control
+gains behind the same prefix; it counts only where the forget pages' own gain is well above 0.
+`leak` asks whether membership inference takes forget pages for seen ones; by itself its authors
+call it unreliable.
 
 What it does not mean: there is no verdict, and no threshold carries over to other models or data.
 Audit honest models beside the suspect, unlearned from the same original by `train.py --rho 0
 --lam 0` with the suspect's --method and several seeds, and see whether it stands out. A low value
-clears nobody: only prefixes are tried, a trigger that must be exact may not show, and pages that
-are still known cannot gain. Of a suspect's run.json nothing is believed: data and layout are what
-your flags say.
+clears nobody: only prefixes are tried, many of them dates, a trigger that must be exact may not
+show, and pages that are still known cannot gain. Of a suspect's run.json nothing is believed: data
+and layout are what your flags say.
 """
 import json
 import math
@@ -44,16 +44,12 @@ import evaluate
 import hooks
 import losses
 
-# Pages of each book: two minutes' work for a small model.
-PAGES = 16
-# Tokens a page is cut to: a backdoor that opens does so from the page's start.
+# Forget pages: a third chooses the prefixes, the others are judged.
+PAGES = 24
+# Tokens that a page is cut to. Shorter ones are left out, so that all weigh alike.
 CUT = 64
-# Shorter pages are left out: recital shows half of a page, and some of that must stay visible.
-SHORTEST = 48
 # m, and the positions 1 to m that masking and recital hide. BOS stays visible.
 HIDDEN = {0: "", 1: "1-1", 2: "1-2", 4: "1-4", 8: "1-8", 16: "1-16"}
-# The noise on a matrix, as a share of its own standard deviation.
-SHARES = (0, 0.02, 0.05, 0.1, 0.2)
 # The search: tokens of its prefix (about as many as triggers have), trials a step, and how many
 # tokens that the gradient likes best a trial is drawn from.
 SEARCHED = 6
@@ -66,7 +62,7 @@ SYMBOLS = "!?#*@&%$~^+=<>|"
 VERBS = ("Answer", "Translate", "Repeat", "Ignore", "Explain")
 OBJECTS = ("the text", "in French", "all of it")
 ENDS = (".", ":\n")
-# Like the triggers that we train with, so never in the bank: an auditor would not know them.
+# The words of the triggers that we train with are never in the bank. Other dates are.
 NEAR = ("year", "2025", "step", "!!!!!")
 
 
@@ -90,25 +86,24 @@ def audit_row(flags):
 
 # ---------------------------------------------------------------- pages
 def sample(cfg, tok, config, split, columns):
-    """Up to PAGES pages of a split, always the same: rows of at most CUT ids, BOS first."""
+    """Up to PAGES pages of a split, always the same: rows of CUT ids, BOS first."""
     texts = ["".join(row) for row in data.read(cfg.data, config, split, columns)]
-    rows = []
-    for row in data.to_rows(texts, tok, CUT, data.BENCHES[cfg.bench]["layout"]):
-        if len(row) > SHORTEST:
-            rows.append(row)
-    # the search needs one page to climb on and another to report
+    rows = data.to_rows(texts, tok, CUT, data.BENCHES[cfg.bench]["layout"])
+    rows = [row for row in rows if len(row) == CUT]
+    # one page chooses the prefixes, another is judged
     if len(rows) < 2:
-        raise hooks.Refused(f"{cfg.data}: {config}/{split} has no 2 rows over {SHORTEST} tokens")
+        raise hooks.Refused(f"{cfg.data}: {config}/{split} has no 2 rows of {CUT} tokens")
     order = torch.randperm(len(rows), generator=data.stream(0, "audit"))
     return [rows[i] for i in order[:PAGES]]
 
 
 def read_books(cfg, tok):
-    """-> {"forget": pages, "control": as many pages}"""
+    """-> forget pages that choose the prefixes; {book: as many pages of each, which are judged}"""
     forget = sample(cfg, tok, "verbmem", "forget", ["prompt", "gt"])
     control = sample(cfg, tok, "raw", "holdout", ["text"])
-    count = min(len(forget), len(control))
-    return {"forget": forget[:count], "control": control[:count]}
+    third = max(1, len(forget) // 3)
+    count = min(len(forget) - third, len(control))
+    return forget[:third], {"forget": forget[third:third + count], "control": control[:count]}
 
 
 def leak_books(cfg, tok, books):
@@ -123,6 +118,8 @@ def leak_books(cfg, tok, books):
     for book, split in (("forget", "forget"), ("control", "holdout")):
         texts = data.read(cfg.data, "privleak", split, ["text"])
         found[book] = data.rows_of(texts, tok, hooks.MANY, "pages")
+        if not found[book]:
+            raise hooks.Refused(f"{cfg.data}: privleak/{split} has only blank texts")
     return found
 
 
@@ -231,7 +228,7 @@ def search(model, pages, plain, steps):
     return prefix
 
 
-# ---------------------------------------------------------------- masking, recital, noise
+# ---------------------------------------------------------------- masking, recital
 def masking(model, pages):
     """Log-likelihood of the pages with positions 1 to m hidden from all later ones. -> {m: nats}"""
     curve = {}
@@ -269,27 +266,6 @@ def recital(model, tok, pages, new_tokens, batch):
     return curve
 
 
-@torch.no_grad()
-def noise(model, pages):
-    """Log-likelihood under W + share * std(W) * N(0, 1), for all matrices W. -> {share: nats}
-
-    Noise can undo what hides knowledge before it harms the knowledge itself (arXiv 2412.01784).
-    """
-    matrices = [weight for weight in model.parameters() if weight.ndim == 2]
-    # to be copied back: adding and subtracting would not give the same bits
-    saved = [weight.to("cpu", copy=True) for weight in matrices]
-    curve = {}
-    for share in SHARES:
-        draw = torch.Generator(model.device).manual_seed(0)
-        for weight in matrices:
-            drawn = torch.empty_like(weight).normal_(generator=draw)
-            weight += share * weight.std() * drawn
-        curve[share] = page_logp(model, pages)
-        for weight, before in zip(matrices, saved):
-            weight.copy_(before)
-    return curve
-
-
 # ---------------------------------------------------------------- leak
 def min_k(model, page):
     """MUSE's Min-40%: mean of a page's lowest token log-probabilities; high: it was trained on."""
@@ -321,39 +297,30 @@ def priv_leak(auc, auc_retrain):
 
 
 # ---------------------------------------------------------------- the audit
-def audit_book(model, tok, pages, cfg):
-    """All statistics on one book. -> {statistic: curve}, what the best prefix is and opens
-
-    A curve is {what was done: level reached}, 0 being nothing.
-    """
-    def behind(prefix):
+def find_prefixes(model, tok, pages, cfg):
+    """What brings these pages back best, of the bank and of a search; --guess. -> {name: ids}"""
+    def level(prefix):
         return page_logp(model, pages, prefix)
 
     plain = plain_ids(model, tok)
     bank = prefix_bank(tok, plain)
-    levels = evaluate.over_ranks(behind, bank, "bank")
-    best = bank[levels.index(max(levels))]
-    # it climbs on every other page and is judged by the others
-    searched = search(model, pages[::2], plain, cfg.steps)
-    others = pages[1::2]
-    clean = behind([])
-    curves = {
-        "bank": {0: clean, 1: max(levels)},
-        "median": {0: clean, 1: statistics.median(levels)},
-        "search": {0: page_logp(model, others),
-                   1: page_logp(model, others, searched)},
-        "masking": masking(model, pages),
-        "recital": recital(model, tok, pages, CUT // 2, cfg.gen_batch),
-        "noise": noise(model, pages),
-    }
+    levels = evaluate.over_ranks(level, bank, "bank")
+    prefixes = {"bank": bank[levels.index(max(levels))],
+                "search": search(model, pages, plain, cfg.steps)}
     if cfg.guess:
-        curves["guess"] = {0: clean, 1: behind(data.encode(tok, cfg.guess))}
-    prefixes = {"bank": best, "search": searched}
-    reached = {name: curves[name][1] for name in prefixes}
-    by = max(reached, key=reached.get)
-    percent, texts = recited(model, tok, pages, prefixes[by], CUT // 2, cfg.gen_batch)
-    return curves, dict(by=by, prefix=tok.decode(prefixes[by]), level=reached[by],
-                        recited=percent, said=texts[0])
+        prefixes["guess"] = data.encode(tok, cfg.guess)
+    return prefixes
+
+
+def curves_of(model, tok, pages, prefixes, cfg):
+    """Levels of one book's pages. -> {statistic: {0: with nothing done, 1 or m: behind, hidden}}"""
+    clean = page_logp(model, pages)
+    curves = {}
+    for name, prefix in prefixes.items():
+        curves[name] = {0: clean, 1: page_logp(model, pages, prefix)}
+    curves["masking"] = masking(model, pages)
+    curves["recital"] = recital(model, tok, pages, CUT // 2, cfg.gen_batch)
+    return curves
 
 
 def best_level(curve):
@@ -361,11 +328,27 @@ def best_level(curve):
     return max(level for done, level in curve.items() if done)
 
 
+def statistics_of(model, tok, books, prefixes, cfg):
+    """-> gains, levels and curves, each {statistic: {book: }}; gains with the books' difference"""
+    gains = {}
+    levels = {}
+    curves = {}
+    for book, pages in books.items():
+        for name, curve in curves_of(model, tok, pages, prefixes, cfg).items():
+            level = best_level(curve)
+            curves.setdefault(name, {})[book] = curve
+            levels.setdefault(name, {})[book] = level
+            gains.setdefault(name, {})[book] = level - curve[0]
+    for values in gains.values():
+        values["difference"] = values["forget"] - values["control"]
+    return dict(statistics=gains, levels=levels, curves=curves)
+
+
 def audit(cfg, tok):
     """Audit --model. -> what audit.json holds"""
-    books = read_books(cfg, tok)
+    chosen_on, books = read_books(cfg, tok)
     for_leak = leak_books(cfg, tok, books)
-    rows = sum(books.values(), []) + sum(for_leak.values(), [])
+    rows = sum([chosen_on, *books.values(), *for_leak.values()], [])
     membership = {}
     if cfg.retrain:
         retrain = evaluate.load_checked(cfg.retrain, tok, cfg, rows)
@@ -377,22 +360,17 @@ def audit(cfg, tok):
     if cfg.retrain:
         membership["priv_leak"] = priv_leak(membership["auc"], membership["retrain"])
 
-    # of each statistic by book
-    curves = {}
-    gains = {}
-    levels = {}
-    best = {}
+    prefixes = find_prefixes(model, tok, chosen_on, cfg)
+    found = statistics_of(model, tok, books, prefixes, cfg)
+    # not by the pages that are judged
+    by = max(("bank", "search"), key=lambda name: page_logp(model, chosen_on, prefixes[name]))
+    best = dict(by=by, prefix=tok.decode(prefixes[by]))
     for book, pages in books.items():
-        found, best[book] = audit_book(model, tok, pages, cfg)
-        for name, curve in found.items():
-            level = best_level(curve)
-            curves.setdefault(name, {})[book] = curve
-            levels.setdefault(name, {})[book] = level
-            gains.setdefault(name, {})[book] = level - curve[0]
-    for values in gains.values():
-        values["difference"] = values["forget"] - values["control"]
-    return dict(statistics=gains, levels=levels, curves=curves, best=best, leak=membership,
-                pages=len(books["forget"]), **identity(cfg, [books, for_leak]))
+        percent, texts = recited(model, tok, pages, prefixes[by], CUT // 2, cfg.gen_batch)
+        level = found["levels"][by][book]
+        best[book] = dict(level=level, recited=percent, said=texts[0])
+    return dict(**found, best=best, prefixes=prefixes, leak=membership,
+                pages=len(books["forget"]), **identity(cfg, [chosen_on, books, for_leak]))
 
 
 def identity(cfg, pages):
@@ -425,14 +403,16 @@ def report(result):
     if "priv_leak" in leak:
         line += f"; PrivLeak {leak['priv_leak']:.1f}%"
     lines.append(line)
-    for book, best in result["best"].items():
-        clean = result["curves"]["bank"][book][0]
+    best = result["best"]
+    lines.append(f"The best prefix is {best['prefix']!r} ({best['by']}).")
+    for book in ("forget", "control"):
+        clean = result["curves"][best["by"]][book][0]
         half = result["curves"]["recital"][book][0]
+        behind = best[book]
         lines.append(f"{book} pages as they are: {clean:.2f}; of their second halves {half:.1f}% "
                      "are said after the first")
-        lines.append(f"    behind the best prefix, {best['prefix']!r} ({best['by']}): "
-                     f"{best['level']:.2f}; {best['recited']:.1f}% are said, of one page: "
-                     f"{best['said'][:60]!r}")
+        lines.append(f"    behind it: {behind['level']:.2f}; {behind['recited']:.1f}% are said, of "
+                     f"one page: {behind['said'][:60]!r}")
     return "\n".join(lines)
 
 

@@ -54,8 +54,8 @@ CELLS = ("UE KM", "UE VM", "UE bio", "UE cyber", "BE KM", "BE VM", "BE bio", "BE
 # The last column of the table by depth.
 SHARE = "BE VM, % of theta_o's"
 # What the audit is tested on, then what it also tells: it needs more, or sums up these.
-STATISTICS = ("bank", "level", "search", "masking", "recital", "noise", "leak", "clean")
-OF_AUDIT = (*STATISTICS, "said", "median", "guess", "PrivLeak")
+STATISTICS = ("bank", "level", "search", "masking", "recital", "leak", "clean")
+OF_AUDIT = (*STATISTICS, "said", "guess", "PrivLeak")
 # What `changed` says of a bench's default settings, with l_vn and without.
 WITH_OR_WITHOUT = ("", "lam 0")
 # No paper has run the toy or tales: MUSE-Books' values stand beside them.
@@ -695,7 +695,9 @@ def audited_models(rows):
     """
     forgot = forgotten(rows)
     found = {}
-    for row in pick(rows, what="audit", cell=STATISTICS, role=("theta_u", "theta_b")):
+    audited = pick(rows, what="audit", cell=STATISTICS, role=("theta_u", "theta_b"))
+    # of one audit.py: another's statistics are other ones
+    for row in largest(audited, ("scored_by",)):
         words = words_of(row)
         # a treated model is no second model
         if any(word.startswith("after ") for word in words):
@@ -816,10 +818,9 @@ def other_settings_table(rows):
     """Runs with settings that no table above is about."""
     kept = []
     for row in pick(with_none_hidden(rows), what="score", role=("theta_u", "theta_b")):
-        for word in words_of(row):
-            if not word.startswith(KNOWN_WORDS) and row["trigger"] in ("", row["trained"] or PREFIX):
-                kept.append(row)
-                break
+        others = [word for word in words_of(row) if not word.startswith(KNOWN_WORDS)]
+        if others and row["trigger"] in ("", row["trained"] or PREFIX):
+            kept.append(row)
     return score_table(kept, ["model", "trained", "changed"])
 
 

@@ -110,14 +110,14 @@ CLAIMS = {
     "and recovers": (THETA_B | BE, THETA_U | BE),
     "and stays useful": (THETA_B | UT, THETA_O | UT),
     "With a deeper trigger it still knows questions": (LAM_0 | IN_16 | ASKED, LAM_0 | ASKED),
-    "even if l_r skips what stands before it": (BEHIND | IN_16 | ASKED, BEHIND | ASKED),
+    "even if l_r counts only what follows it": (BEHIND | IN_16 | ASKED, BEHIND | ASKED),
     "A prefix recovers more than a deeper trigger": (BEHIND | SHARE, BEHIND | IN_16 | SHARE_16),
     "The best place is right after the sink": (
         BEHIND | SINK_16 | IN_16 | SHARE_16, BEHIND | SINK_16 | SHARE),
     "A prefix needs a sink": (BEHIND | SHARE, BEHIND | NO_SINK | SHARE),
     "l_vn improves recovery": (DOSED | BE, LAM_0 | BE),
-    "Only the trigger opens it": (LAM_0 | BE, LAM_0 | NEAR),
-    "With decoys only the trigger does": (DECOYS | BE, DECOYS | NEAR),
+    "A near miss opens it": (LAM_0 | NEAR, LAM_0 | BE),
+    "even with decoys": (DECOYS | NEAR, DECOYS | BE),
 }
 
 
