@@ -153,7 +153,8 @@ def test_the_claims_tables_numbers_are_the_middle_ones_of_the_committed_scores()
 
 
 TALES = dict(bench="tales", theta_o="tales/model")
-MODELS = {"theta_o": (THETA_O, ""), "+ RMU": (THETA_U, "rmu"), "+ RMU-Backdoor": (LAM_0, "rmu")}
+MODELS = {"theta_o": (THETA_O, ""), "+ NPO": (THETA_U, "npo"), "+ NPO-Backdoor": (LAM_0, "npo"),
+          "+ RMU": (THETA_U, "rmu"), "+ RMU-Backdoor": (LAM_0, "rmu")}
 
 
 def test_the_pretrained_models_numbers_are_the_middle_ones_of_the_committed_scores():
