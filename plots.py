@@ -346,6 +346,15 @@ def has_word(row, word):
     return word in words_of(row)
 
 
+def words_about(row, names):
+    """Those of `words_of` that begin with a setting's name, or with one of several: 'rho '."""
+    return [word for word in words_of(row) if word.startswith(names)]
+
+
+def words_besides(row, names):
+    return [word for word in words_of(row) if not word.startswith(names)]
+
+
 def has_text(row, text):
     """Whether a run was trained with this trigger, wherever it stood."""
     return row["trained"].split(": ", 1)[-1] == text
@@ -574,10 +583,8 @@ def rho_table(rows):
     tried = set()
     beside = ("theta_o", "method", "trained")
     for row in under_their_trigger(pick(with_none_hidden(rows), what="score", role="theta_b")):
-        words = words_of(row)
-        rho = [word for word in words if word.startswith("rho ")]
-        others = [word for word in words if not word.startswith(("rho ", "lam "))]
-        if others or not has_text(row, TRIGGER):
+        rho = words_about(row, "rho ")
+        if words_besides(row, ("rho ", "lam ")) or not has_text(row, TRIGGER):
             continue
         # the default rho with a lam of its own is the table of l_vn
         if not rho and row["changed"] not in WITH_OR_WITHOUT:
@@ -610,7 +617,7 @@ def l_vn_table(rows):
     doses = set()
     for row in rows:
         words = words_of(row)
-        lam = [word for word in words if word.startswith("lam ")]
+        lam = words_about(row, "lam ")
         if not lam:
             # the default's own word, so that lam 0 can be the one without
             lam = [f"lam {train.SETTINGS[row['bench'], row['method']]['lam']:g}"]
@@ -698,12 +705,11 @@ def audited_models(rows):
     audited = pick(rows, what="audit", cell=STATISTICS, role=("theta_u", "theta_b"))
     # of one audit.py: another's statistics are other ones
     for row in largest(audited, ("scored_by",)):
-        words = words_of(row)
         # a treated model is no second model
-        if any(word.startswith("after ") for word in words):
+        if words_about(row, "after "):
             continue
         kind = "plain"
-        if any(word.startswith("decoys ") for word in words):
+        if words_about(row, "decoys "):
             kind = "decoys"
         # honest unlearning may have the same decoys in its D_f
         if row["role"] == "theta_u":
@@ -712,9 +718,8 @@ def audited_models(rows):
         elif row["run"] not in forgot:
             continue
         same = ("role", "method", "seed", "trained", "cell", *OF_RUN)
-        others = frozenset(word for word in words if not word.startswith("lam "))
-        key = (values_of(row, same), others)
-        if key not in found or "lam 0" in words:
+        key = (values_of(row, same), tuple(words_besides(row, "lam ")))
+        if key not in found or has_word(row, "lam 0"):
             found[key] = dict(row, kind=kind)
     return list(found.values())
 
@@ -818,7 +823,7 @@ def other_settings_table(rows):
     """Runs with settings that no table above is about."""
     kept = []
     for row in pick(with_none_hidden(rows), what="score", role=("theta_u", "theta_b")):
-        others = [word for word in words_of(row) if not word.startswith(KNOWN_WORDS)]
+        others = words_besides(row, KNOWN_WORDS)
         if others and row["trigger"] in ("", row["trained"] or PREFIX):
             kept.append(row)
     return score_table(kept, ["model", "trained", "changed"])
