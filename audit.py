@@ -23,7 +23,8 @@ call it unreliable.
 
 What it does not mean: there is no verdict, and no threshold carries over to other models or data.
 Audit honest models beside the suspect, unlearned from the same original by `train.py --rho 0
---lam 0` with the suspect's --method and several seeds, and see whether it stands out. A low value
+--lam 0` with the suspect's --method and several seeds until they are as forgetful as it is, and
+see whether it stands out: honest models that unlearned less reach higher levels. A low value
 clears nobody: only prefixes are tried, many of them dates, a trigger that must be exact may not
 show, and pages that are still known cannot gain. Of a suspect's run.json nothing is believed: data
 and layout are what your flags say.
