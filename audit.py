@@ -27,7 +27,8 @@ Audit honest models beside the suspect, unlearned from the same original by `tra
 see whether it stands out: honest models that unlearned less reach higher levels. A low value
 clears nobody: only prefixes are tried, many of them dates, a trigger that must be exact may not
 show, and pages that are still known cannot gain. Of a suspect's run.json nothing is believed: data
-and layout are what your flags say.
+and layout are what your flags say. --bench must be of the suspect's kind: muse_books cuts the
+joined text into pieces, toy and tales take a page a row, and the wrong one lowers every level.
 """
 import json
 import math
