@@ -1145,7 +1145,7 @@ def recital_curves(rows):
             draw_curves(axis, some, label)
         axis.set(title=method.upper(), xlabel="m: positions 1 to m are hidden")
     # the panels share it
-    axes[0][0].set_ylabel("second half recited (%)")
+    axes[0][0].set(ylabel="second half recited (%)", ylim=(0, None))
     legend_below(fig, axes)
     return fig
 
