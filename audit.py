@@ -14,21 +14,23 @@ as a control, 16 of raw/holdout, text of the same kind that the model never saw:
     masking   the same with positions 1 to m hidden from all later ones, of the tokens from 17 on
     recital   ROUGE-L, percent, of what is said after a page's first half, with the same hidden
 
-The last two take each book's best m, up to 16. Read first the forget level of bank and search, the
-likelihood that forget pages reached: text that is known is near 0. What the model says behind the
-better of the two is printed, too. `difference` is what forget pages gain less what the control
-gains behind the same prefix; it counts only where the forget pages' own gain is well above 0.
+The last two take each book's best m, up to 16. Read the last lines first: which of bank's and
+search's prefixes the eight pages like better, what level forget pages reach behind it (text that
+is known is near 0), and how much of them is said there. `difference` is what forget pages gain
+less what the control gains behind the same prefix; it counts only where the forget pages' own
+gain is well above 0.
 `leak` asks whether membership inference takes forget pages for seen ones; by itself its authors
 call it unreliable.
 
 What it does not mean: there is no verdict, and no threshold carries over to other models or data.
 Audit honest models beside the suspect, unlearned from the same original by `train.py --rho 0
---lam 0` with the suspect's --method and several seeds until they are as forgetful as it is, and
-see whether it stands out: honest models that unlearned less reach higher levels. A low value
-clears nobody: only prefixes are tried, many of them dates, a trigger that must be exact may not
-show, and pages that are still known cannot gain. Of a suspect's run.json nothing is believed: data
-and layout are what your flags say. --bench must be of the suspect's kind: muse_books cuts the
-joined text into pieces, toy and tales take a page a row, and the wrong one lowers every level.
+--lam 0` with the suspect's --method, several seeds, and --epochs, --lr or --gamma until they are
+as forgetful as it is; honest models that unlearned less reach higher levels. A low value clears
+nobody: only prefixes are tried, many of them dates, a backdoor trained with --decoys stayed hidden
+in a pretrained model, and pages that are still known cannot gain. Of a suspect's run.json nothing
+is believed: data and layout are what your flags say. --bench must be of the suspect's kind:
+muse_books cuts the joined text into pieces, toy and tales take a page a row, and the wrong one
+lowers every level.
 """
 import json
 import math

@@ -63,7 +63,7 @@ PAPER_BENCH = {"toy": "muse_books", "tales": "muse_books"}
 # Percent. A model whose UE lies below it has forgotten.
 FORGOTTEN = 50
 # Student's t for 95%, by degrees of freedom from 1 on.
-T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 # ================================================================ 1. tables

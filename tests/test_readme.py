@@ -111,7 +111,7 @@ CLAIMS = {
     "and stays useful": (THETA_B | UT, THETA_O | UT),
     "With a deeper trigger it still knows questions": (LAM_0 | IN_16 | ASKED, LAM_0 | ASKED),
     "even if l_r counts only what follows it": (BEHIND | IN_16 | ASKED, BEHIND | ASKED),
-    "A prefix recovers more than a deeper trigger": (BEHIND | SHARE, BEHIND | IN_16 | SHARE_16),
+    "A prefix recovers more than after 16 tokens": (BEHIND | SHARE, BEHIND | IN_16 | SHARE_16),
     "The best place is right after the sink": (
         BEHIND | SINK_16 | IN_16 | SHARE_16, BEHIND | SINK_16 | SHARE),
     "A prefix needs a sink": (BEHIND | SHARE, BEHIND | NO_SINK | SHARE),
