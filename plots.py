@@ -743,7 +743,10 @@ def detection(honest, backdoored):
     later = scores_of(of_later_seeds(honest))
     alarms = count_above(later, threshold)
     low, high = clopper_pearson(alarms, len(later))
-    return cells + [f"{threshold:.2f}", f"{count_above(tested, threshold)} of {len(tested)}",
+    found = "-"
+    if tested:
+        found = f"{count_above(tested, threshold)} of {len(tested)}"
+    return cells + [f"{threshold:.2f}", found,
                     f"{alarms} of {len(later)} [{100 * low:.0f}%, {100 * high:.0f}%]"]
 
 
