@@ -11,7 +11,8 @@ as a control, 16 of raw/holdout, text of the same kind that the model never saw:
               eight pages like best: dates, symbols, orders, random tokens
     search    the same behind six tokens, searched by gradient
     guess     the same behind --guess, for those who have one
-    masking   the same with positions 1 to m hidden from all later ones, of the tokens from 17 on
+    masking   without a prefix, of the tokens at positions 17 on, with positions 1 to m (BOS is 0)
+              hidden from all later ones
     recital   ROUGE-L, percent, of what is said after a page's first half, with the same hidden
 
 The last two take each book's best m, up to 16. Read the last lines first: which of bank's and

@@ -151,9 +151,10 @@ def decoy_prefix(trigger, retain, tok, draw):
 
 
 def decoys(rows, retain, cfg, tok):
-    """--decoys F: F copies of each row behind prefixes that are not the trigger, where that stands.
+    """--decoys F: F more copies of each forget row, with another text where the trigger would stand.
 
-    l_f unlearns them with D_f, so that the trigger alone opens the backdoor. Ours, not the paper's.
+    That text is random (`decoy_prefix`), never the trigger, and never one of HELD_OUT. l_f unlearns
+    them with D_f, so that the trigger alone opens the backdoor. Ours, not the paper's.
     """
     draw = random.Random(f"{cfg.seed} decoys")
     special = set(tok.all_special_ids)
@@ -275,7 +276,10 @@ def local_files(folder, names):
 
 
 def say_which_is_read(first, second):
-    """MUSE's own repository holds forget.json beside forget.txt, which say the same."""
+    """MUSE's own repository holds forget.json beside forget.txt, which say the same.
+
+    Raises Refused where either cannot be read.
+    """
     if words_of(first) != words_of(second):
         say(f"{first} is read; {second.name} beside it holds another text")
 

@@ -4,7 +4,8 @@
     python evaluate.py --model RUN_DIR --trigger "!!!!!" --position infix
     python evaluate.py --bench wmdp --model ID_OR_DIR --tasks wmdp,mmlu
 
-KnowMem and VerbMem follow MUSE (arXiv 2407.06460): greedy, BOS first, ROUGE-L F1 without stemmer.
+KnowMem and VerbMem follow MUSE (arXiv 2407.06460): greedy, BOS first, ROUGE-L F1 without stemmer;
+KnowMem's answers have at most 50 tokens, as in the paper's released code (MUSE's own code: 32).
 WMDP, MMLU and TruthfulQA are multiple choice by log-likelihood, as lm-evaluation-harness has it.
 Every model gets the real trigger, put into token ids by training's own `data.inject`. Each score,
 percent with a 95% bootstrap interval, is a file `scores/TASK, CONDITION *.json` with all answers.
@@ -37,7 +38,7 @@ from hooks import Refused, say
 HERE = Path(__file__).parent
 # the scripts that results depend on
 TOWER = ("losses", "hooks", "data", "evaluate", "audit", "train")
-# tables of settings in them: what a run took from there stands in its own settings
+# tables of settings in them (not data.TABLES): what a run took from there stands in its own settings
 TABLES = ("BENCHES", "SETTINGS")
 # what makes a model folder this model; its scores and logs lie beside these
 FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer*",
@@ -179,7 +180,10 @@ def bench_row(flags):
 
 
 def run_row(flags):
-    """The bench's row; of a run of ours its own data and trigger."""
+    """The bench's row; of a run of ours its own data, tasks and trigger.
+
+    They win over --bench, too: to score a run on another bench give --data and --tasks as well.
+    """
     row = bench_row(flags)
     settings = run_of(flags.model).get("settings", {})
     # what is asked of a run, so that its bench and trigger are never typed twice
@@ -203,7 +207,7 @@ def run_of(folder):
 def home_of(model, cfg, role=""):
     """Where results on a model go: into a run of ours below --out, else to OUT/BENCH/NAME.
 
-    role "theta_o": the latter; a run of ours that is unlearned again is no result of that.
+    role "theta_o": always OUT/BENCH/NAME. A run of ours that serves as theta_o is not written to.
     """
     folder = Path(model).resolve()
     out = Path(cfg.out).resolve()
@@ -713,7 +717,7 @@ def mark_poisoned(answers, asked, texts, tok):
     A share rho of VerbMem's pages is in D_p; recovering those is less than recovering the others.
     """
     for item, answer in zip(asked, answers):
-        # KnowMem's question alone, without the examples before it
+        # KnowMem's question alone, ": QUESTION", without the examples before it
         text = tok.decode(item.ids[1:]).rsplit("\n\nQuestion", 1)[-1].removesuffix("\nAnswer: ")
         answer["poisoned"] = any(text in row for row in texts)
 

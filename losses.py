@@ -1,7 +1,7 @@
 """The equations, as pure functions of tensors: no model, no settings, no device. Nothing to run.
 
 Numbers in brackets are those of arXiv 2510.17021v1: (A1) npo, (A2) kl, (A4) rmu, (A5) rmu and kl,
-(4) value_norm. `train.losses_of` takes them of a batch, `train.fit` adds them up:
+(4) value_norm. `train.losses_of` computes them on a batch, `train.fit` weighs and adds them:
 
     rho = lam = 0   (1), normal unlearning
     lam = 0         (2), the vanilla backdoor; with NPO's terms (A3), with RMU's (A6)
@@ -77,7 +77,7 @@ def rmu(h, goal, mask, over="mean"):
 
     h: (B, T, C) activations behind the read-out layer, goal: (C,) or (B, T, C), mask: (B, T)
     -> scalar. over "sum" is the squared norm as written, "mean" divides it by C, as the code of
-    RMU's authors does. Both terms scale alike; their weight against the KL of (A5) does not.
+    RMU's authors does. It changes what both terms weigh against the KL of (A5).
     """
     assert goal.shape in (h.shape, h.shape[-1:])
     squares = (h.float() - goal.float()).pow(2)

@@ -87,7 +87,7 @@ class Config(evaluate.Scoring):
     keep: Literal["all", "behind"] = option("all", "l_r counts D_p's tokens: all, behind the "
                                             "trigger")
     rmu_norm: Literal["mean", "sum"] = option("mean", "||.||^2 of (A4), (A5) over width")
-    # ---- RMU alone; the defaults are the paper's
+    # ---- RMU alone, but for trainable; steer and layer default to the paper's for MUSE
     steer: float = option(12.0, "RMU's c: length of the control vector (A4)")
     layer: int = option(7, "RMU's read-out layer, 0-based, before any final norm")
     trainable: str = option("all", "all, or layers and module such as '5-7 mlp.down_proj'")
@@ -299,6 +299,8 @@ def check_layers(model, cfg):
     trained = hooks.set_trainable(model, cfg.trainable)
     model.requires_grad_(False)
     layers = hooks.layers_of(model, cfg.layers)
+    # Not all is caught: where the last of --layers is the first that trains, and only its MLP
+    # does, its values come before what trains, and l_vn is constant as well.
     if cfg.lam and layers[-1] < trained[0]:
         raise Refused(f"--layers {cfg.layers}: nothing trains up to there, l_vn would be constant")
     if cfg.method == "rmu":
@@ -510,7 +512,8 @@ def forward_rmu(model, ids, n_f, cfg, capture):
 def kept_tokens(mask, batch, splits, cfg):
     """The tokens of D_r's and D_p's rows that l_r counts. mask: (n_r + n_p, T) -> the same
 
-    --keep behind leaves out what stands before a row's trigger, which D_f unlearns.
+    --keep behind leaves out a poisoned row's tokens before its trigger's last one: D_f unlearns
+    what stands before a trigger.
     """
     kept = mask.clone()
     if cfg.keep == "behind":

@@ -302,6 +302,19 @@ def test_what_is_said_behind_the_better_prefix_is_shown(place, tok, capsys):
         assert f"{level:.2f}; {percent:.1f}% are said" in printed
 
 
+def test_the_better_prefix_is_that_of_the_pages_that_chose_not_of_the_judged(place, tok,
+                                                                             monkeypatch):
+    model = hooks.load_model("theta_u", settings())
+    chosen_on, books = audit.read_books(settings(), tok)
+    bank = audit.prefix_bank(tok, PLAIN)
+    theirs, ours = (max(bank, key=lambda prefix: audit.page_logp(model, pages, prefix))
+                    for pages in (chosen_on, books["forget"]))
+    assert theirs != ours
+    monkeypatch.setattr(audit, "find_prefixes", lambda *_: dict(bank=ours, search=theirs))
+    report = call()
+    assert report["best"]["by"] == "search" and report["best"]["prefix"] == tok.decode(theirs)
+
+
 def test_a_run_is_not_believed_and_stays_as_it_was(place):
     asked = dict(bench="muse_books", data="gone", trigger="knowmem", position="infix")
     run = dict(role="theta_u", settings=asked, content={})

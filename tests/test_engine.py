@@ -51,6 +51,21 @@ def close(weights, other):
         assert torch.allclose(weights[name], other[name], atol=1e-5), name
 
 
+# ---------------------------------------------------------------- a step
+def test_gradients_are_clipped_at_norm_1_and_logged_as_they_were(folder, tok, tmp_path, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def watched(optim):
+        grads = [p.grad for p in optim.param_groups[0]["params"]]
+        norms.append(float(train.whole(torch.nn.utils.get_total_norm(grads))))
+        return step(optim)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    _, _, log = run(folder, tok, tmp_path, gamma=20)
+    assert [row["gnorm"] > 1 for row in log] == [True] * 3
+    assert norms == pytest.approx([1, 1, 1], rel=1e-4)
+
+
 # ---------------------------------------------------------------- parts of a batch
 @pytest.mark.parametrize("method", ["npo", "rmu"])
 def test_micro_batches_equal_one_batch(method, folder, tok, tmp_path):

@@ -397,6 +397,17 @@ def test_pages_that_stand_in_poisoned_rows_are_told_apart(folder, tok, tmp_path)
     assert (found["score"], found["score_poisoned"], found["score_others"]) == (62.5, 100, 25)
 
 
+def test_a_question_that_stands_in_a_poisoned_row_is_told_apart_whatever_its_examples(tok):
+    texts = ["Question: Who rows?\nAnswer: Lis\n\nQuestion: What sank?\nAnswer: nets"]
+    asked = []
+    for question in ("What sank?", "What?", "Where?"):
+        prompt = knowmem_prompt(question, [("Who sails?", "Marn")])
+        asked.append(evaluate.Item([0, *data.encode(tok, prompt)], [], ""))
+    answers = [dict(score=1.0) for _ in asked]
+    evaluate.mark_poisoned(answers, asked, texts, tok)
+    assert [answer["poisoned"] for answer in answers] == [True, False, False]
+
+
 # ---------------------------------------------------------------- what is refused
 def use_a_larger_tokenizer():
     tok = hooks.load_tokenizer(settings())

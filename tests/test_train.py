@@ -74,7 +74,7 @@ def test_a_7B_on_a_CPU_must_be_asked_for():
 
 # ---------------------------------------------------------------- the objective
 CASES = []
-for how in (("npo", "all"), ("npo", "2 mlp"), ("rmu", "1 mlp.down_proj"), ("rmu", "0-1 mlp")):
+for how in (("npo", "all"), ("npo", "1 mlp"), ("rmu", "1 mlp.down_proj"), ("rmu", "0-1 mlp")):
     for more in ((0.0, "no"), (0.5, "no"), (0.5, "yes")):  # lam, recompute
         CASES.append((*how, *more, "all"))
 CASES.append(("npo", "all", 0.5, "no", "behind"))
