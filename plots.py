@@ -903,7 +903,8 @@ def benches_of(rows):
 # One colour and one mark a model, in every picture; theta_b by where its trigger stands.
 COLORS = {"theta_o": "#000000", "theta_u": "#7F7F7F", "prefix": "#D55E00", "infix": "#0072B2",
           "suffix": "#009E73"}
-MARKS = {"theta_o": "*", "theta_u": "X", "prefix": "o", "infix": "s", "suffix": "^"}
+MARKS = {"theta_o": "*", "theta_u": "X", "prefix": "o", "infix": "s", "suffix": "^", "16": "D",
+         "32": "v"}
 # Of a trigger at --position N.
 OTHER_COLOR = "#CC79A7"
 # Of several theta_o in one picture; what this project's own are.
@@ -914,7 +915,7 @@ KEEPS = (("lam 0", "--", "l_r on all of D_p"),
          ("lam 0, keep behind", "-", "l_r after the trigger"))
 # By `kind` of `audited_models`; decoys have no colour anywhere else.
 KIND_COLORS = {"honest": COLORS["theta_u"], "plain": COLORS["prefix"], "decoys": "#56B4E9"}
-OTHER_MARK = "D"
+OTHER_MARK = "P"
 DESIRED_COLOR = "#FFEFC8"
 
 # What Figs. 3 to 5 read: pages of D_f and D_r (the paper's number), tokens of each (a map of
