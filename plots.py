@@ -58,6 +58,8 @@ STATISTICS = ("bank", "level", "search", "masking", "recital", "leak", "clean")
 OF_AUDIT = (*STATISTICS, "said", "guess", "PrivLeak")
 # What `changed` says of a bench's default settings, with l_vn and without.
 WITH_OR_WITHOUT = ("", "lam 0")
+# And of backdoors without l_vn, by what l_r counts.
+VANILLA = ("lam 0", "lam 0, keep behind")
 # No paper has run the toy or tales: MUSE-Books' values stand beside them.
 PAPER_BENCH = {"toy": "muse_books", "tales": "muse_books"}
 # Percent. A model whose UE lies below it has forgotten.
@@ -503,11 +505,11 @@ def under_their_trigger(rows):
     return sorted(kept, key=order)
 
 
-def main_table(rows):
+def main_rows(rows):
     """The paper's Table 1: a prefix trigger, default settings, with and without l_vn."""
     rows = pick(with_none_hidden(rows), changed=WITH_OR_WITHOUT, trained=("", PREFIX),
                 trigger=("", PREFIX))
-    return score_table(of_main_theta_o(rows), ["model", "changed"])
+    return of_main_theta_o(rows)
 
 
 def of_main_theta_o(rows):
@@ -520,13 +522,13 @@ def of_main_theta_o(rows):
     return kept
 
 
-def poisoned_table(rows):
+def poisoned_rows(rows):
     """Pages recovered that D_p holds, and pages that it does not."""
     rows = pick(rows, what="score", hide="", trained=PREFIX, trigger=PREFIX,
                 changed=WITH_OR_WITHOUT, cell=("BE VM", "BE VM poisoned", "BE VM others"))
     if not pick(rows, cell="BE VM poisoned"):
-        return ""
-    return score_table(of_main_theta_o(rows), ["model", "changed"])
+        return []
+    return of_main_theta_o(rows)
 
 
 def depth_of(row):
@@ -549,7 +551,7 @@ def depth_rows(rows):
             continue
         if row["role"] == "theta_o":
             of_theta_o[values_of(row, same)] = row["score"]
-        elif row["changed"] in ("lam 0", "lam 0, keep behind"):
+        elif row["changed"] in VANILLA:
             kept.append(row)
     for row in list(kept):
         whole = of_theta_o.get(values_of(row, same))
@@ -559,12 +561,13 @@ def depth_rows(rows):
     return kept
 
 
-def depth_table(rows):
+def depth_table_rows(rows):
+    """Those of `depth_rows` that the table shows."""
     rows = depth_rows(rows)
     if len({row["trained"] for row in rows}) < 2:
-        return ""
+        return []
     rows = pick(rows, cell=("UE KM", "UE VM", "BE KM", "BE VM", SHARE))
-    return score_table(sorted(rows, key=by_arm), ["model", "theta_o", "changed", "trained"])
+    return sorted(rows, key=by_arm)
 
 
 def by_arm(row):
@@ -572,25 +575,24 @@ def by_arm(row):
     return row["method"], row["theta_o"], row["changed"], depth_of(row), row["seed"]
 
 
-def positions_table(rows):
+def positions_rows(rows):
     """The paper's Table A4, one trigger at the paper's positions."""
     found = under_their_trigger(pick(with_none_hidden(rows), changed=WITH_OR_WITHOUT))
     places = tuple(f"{place}: {TRIGGER}" for place in ("prefix", "infix", "suffix"))
     found = of_main_theta_o(pick(found, trained=places))
     ours = pick(found, what="score", role="theta_b")
     if len({row["trained"] for row in ours}) < 2:
-        return ""
-    return score_table(found, ["model", "trained", "changed"])
+        return []
+    return found
 
 
-def triggers_table(rows):
+def triggers_rows(rows):
     """The paper's Table A4, the other triggers."""
     found = under_their_trigger(pick(with_none_hidden(rows), changed=WITH_OR_WITHOUT))
-    found = [row for row in found if not has_text(row, TRIGGER)]
-    return score_table(found, ["model", "trained", "changed"])
+    return [row for row in found if not has_text(row, TRIGGER)]
 
 
-def rho_table(rows):
+def rho_rows(rows):
     """Backdoors with another rho, with any lam, beside those with the default one."""
     kept = []
     tried = set()
@@ -606,7 +608,7 @@ def rho_table(rows):
         if rho:
             tried.add(values_of(row, beside))
     kept = [row for row in kept if values_of(row, beside) in tried]
-    return score_table(kept, ["model", "trained", "changed"])
+    return kept
 
 
 def untreated(row):
@@ -614,16 +616,15 @@ def untreated(row):
     return row["run"].split("-after-")[0]
 
 
-def robust_table(rows):
+def robust_rows(rows):
     """Runs with the paper's prefix treated by tests/robust.py, and the same runs untreated."""
     rows = pick(with_none_hidden(rows), what="score", role=("theta_u", "theta_b"),
                 trained=("", PREFIX), trigger=("", PREFIX))
     treated = {untreated(row) for row in rows if "-after-" in row["run"]}
-    rows = [row for row in rows if untreated(row) in treated]
-    return score_table(rows, ["model", "trained", "changed"])
+    return [row for row in rows if untreated(row) in treated]
 
 
-def l_vn_table(rows):
+def l_vn_rows(rows):
     """Differences by seed, of every pair that differs in lam alone, to lam 0."""
     rows = under_their_trigger(pick(with_none_hidden(rows), what="score", role="theta_b"))
     named = []
@@ -643,33 +644,31 @@ def l_vn_table(rows):
     for word in sorted(doses - {"lam 0"}, key=lambda word: float(word.split()[1])):
         for row in differences(named, word):
             less.append(dict(row, changed=row["changed"].replace(word, f"{word} less lam 0")))
-    return score_table(less, ["model", "trained", "changed"])
+    return less
 
 
-def dose_table(rows):
+def dose_rows(rows):
     """How much l_vn weighs at the start, and what is left of its gap (4) at the end."""
     cells = ("gradient of lam * l_vn", "norm gap on D_f", "norm gap on D_p", "BOS's value norm")
-    return score_table(pick(rows, what="measure", cell=cells), ["model", "trained", "changed"])
+    return pick(rows, what="measure", cell=cells)
 
 
-def attention_table(rows):
+def attention_rows(rows):
     """What theta_o and theta_b pay to BOS, theta_o's sink and the trigger, percent."""
-    rows = pick(rows, what="measure", changed=("lam 0", "lam 0, keep behind"))
-    # the others are in `dose_table`
-    rows = [row for row in rows if ", to " in row["cell"] or row["cell"] == "the sink's position"]
-    return score_table(rows, ["model", "theta_o", "trained", "changed"])
+    rows = pick(rows, what="measure", changed=VANILLA)
+    # the others are in `dose_rows`
+    return [row for row in rows if ", to " in row["cell"] or row["cell"] == "the sink's position"]
 
 
-def hidden_table(rows):
+def hidden_rows(rows):
     """With positions hidden from all later ones, beside the same models with none hidden."""
     rows = pick(rows, what="score", cell=CELLS, trained=("", PREFIX), trigger=("", PREFIX))
     # a model that was never scored so says nothing here
     tried = {row["run"] for row in rows if row["hide"]}
-    rows = pick(rows, run=tuple(tried))
-    return score_table(rows, ["model", "changed", "hide"])
+    return pick(rows, run=tuple(tried))
 
 
-def other_prefix_table(rows):
+def other_prefix_rows(rows):
     """Backdoors scored with another trigger than that of their training, beside their own."""
     kept = of_main_theta_o(pick(with_none_hidden(rows), what="score", role="theta_b"))
     kept = [row for row in kept if "keep" not in row["changed"]]
@@ -678,8 +677,7 @@ def other_prefix_table(rows):
         if row["trigger"] not in ("", row["trained"]):
             tried.add(row["run"])
     # the column `trigger` would part clean scores from triggered ones: UE stands in the first
-    kept = [row for row in kept if row["run"] in tried]
-    return score_table(kept, ["model", "trained", "changed", "trigger"])
+    return [row for row in kept if row["run"] in tried]
 
 
 def detection_table(rows):
@@ -820,42 +818,57 @@ def forgotten(rows):
             if len(scores) == 2 and max(scores.values()) < FORGOTTEN}
 
 
-def kinds_table(rows):
+def kinds_rows(rows):
     """All numbers of the audit, by kind of model."""
-    rows = pick(rows, what="audit", cell=OF_AUDIT)
-    return score_table(rows, ["model", "trained", "changed"])
+    return pick(rows, what="audit", cell=OF_AUDIT)
 
 
-def levels_table(rows):
+def levels_rows(rows):
     """What forget pages reached at best, by kind of model: nats a token, of recital percent."""
-    return score_table(pick(rows, what="level"), ["model", "trained", "changed"])
+    return pick(rows, what="level")
 
 
-# settings that a table above is about
-KNOWN_WORDS = ("lam ", "rho ", "keep ", "after ", "decoys ")
-
-
-def other_settings_table(rows):
-    """Runs with settings that no table above is about."""
+def other_settings_rows(rows):
+    """Runs whose scores stand in no table above."""
+    shown_above = set()
+    for choose, _ in TABLES.values():
+        if choose is not other_settings_rows:
+            shown_above.update(row["run"] for row in pick(choose(rows), what="score"))
     kept = []
     for row in pick(with_none_hidden(rows), what="score", role=("theta_u", "theta_b")):
-        others = words_besides(row, KNOWN_WORDS)
-        if others and row["trigger"] in ("", row["trained"] or PREFIX):
+        if row["run"] not in shown_above and row["trigger"] in ("", row["trained"] or PREFIX):
             kept.append(row)
-    return score_table(kept, ["model", "trained", "changed"])
+    return kept
 
 
-# By their names in claims.md. Each takes the rows of one bench, the paper's among them, and
-# gives '' where there is nothing to show.
+# By their names in claims.md: what chooses a table's rows from those of one bench, the paper's among
+# them, and the columns that tell its lines apart.
 TABLES = {
-    "main": main_table, "poisoned": poisoned_table, "depth": depth_table,
-    "positions": positions_table, "triggers": triggers_table,
-    "l_vn": l_vn_table, "dose": dose_table, "attention": attention_table, "rho": rho_table,
-    "other_prefix": other_prefix_table,
-    "hidden": hidden_table, "robust": robust_table,
-    "detection": detection_table, "kinds": kinds_table, "levels": levels_table,
-    "other_settings": other_settings_table,
+    "main": (main_rows, ["model", "changed"]),
+    "poisoned": (poisoned_rows, ["model", "changed"]),
+    "depth": (depth_table_rows, ["model", "theta_o", "changed", "trained"]),
+    "positions": (positions_rows, ["model", "trained", "changed"]),
+    "triggers": (triggers_rows, ["model", "trained", "changed"]),
+    "l_vn": (l_vn_rows, ["model", "trained", "changed"]),
+    "dose": (dose_rows, ["model", "trained", "changed"]),
+    "attention": (attention_rows, ["model", "theta_o", "trained", "changed"]),
+    "rho": (rho_rows, ["model", "trained", "changed"]),
+    "other_prefix": (other_prefix_rows, ["model", "trained", "changed", "trigger"]),
+    "hidden": (hidden_rows, ["model", "changed", "hide"]),
+    "robust": (robust_rows, ["model", "trained", "changed"]),
+    "kinds": (kinds_rows, ["model", "trained", "changed"]),
+    "levels": (levels_rows, ["model", "trained", "changed"]),
+    "other_settings": (other_settings_rows, ["model", "trained", "changed"]),
 }
+
+
+def table_of(name, rows):
+    """One bench's table, '' where there is nothing to show."""
+    # the one that has no scores in it
+    if name == "detection":
+        return detection_table(rows)
+    choose, told_apart = TABLES[name]
+    return score_table(choose(rows), told_apart)
 
 
 # ---------------------------------------------------------------- the page
@@ -904,7 +917,7 @@ def results_of(directive, rows, folder):
         ours = pick(rows, bench=bench)
         methods = ("", *{row["method"] for row in ours})  # theta_o has none
         of_bench = ours + pick(paper_rows(bench), method=methods)
-        text = TABLES[name](sorted(of_bench, key=order))
+        text = table_of(name, sorted(of_bench, key=order))
         if text:
             parts.append(f"{bench}:\n\n{text}")
     return "\n\n".join(parts)
@@ -926,9 +939,8 @@ OTHER_COLOR = "#CC79A7"
 # Of several theta_o in one picture; what this project's own are.
 ARMS = {"toy/model": "sink at BOS", "sink16/model": "sink at 16", "none/model": "no sink"}
 ARM_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
-# --keep's values: what `changed` says, the line, and what l_r counts.
-KEEPS = (("lam 0", "--", "l_r on all of D_p"),
-         ("lam 0, keep behind", "-", "l_r after the trigger"))
+# Of VANILLA: what `changed` says, the line, and what l_r counts.
+KEEPS = ((VANILLA[0], "--", "l_r on all of D_p"), (VANILLA[1], "-", "l_r after the trigger"))
 # By `kind` of `audited_models`; decoys have no colour anywhere else.
 KIND_COLORS = {"honest": COLORS["theta_u"], "plain": COLORS["prefix"], "decoys": "#56B4E9"}
 OTHER_MARK = "P"

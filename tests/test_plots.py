@@ -1,6 +1,7 @@
 """Tables against hand-made scores, pictures against numpy and tiny models."""
 import json
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def cells_of(text):
 
 def table(name, rows):
     """-> head, lines of one of the page's tables, without the paper's"""
-    text = plots.TABLES[name](rows)
+    text = plots.table_of(name, rows)
     if not text:
         return [], []
     head, _, *lines = cells_of(text)
@@ -218,6 +219,8 @@ def test_any_trigger_survives_collect_and_keeps_its_tables_cells(out, trigger):
 
 
 def test_the_collected_file_holds_no_path_of_this_machine(out):
+    elsewhere = dict(model=str(out / "x/toy/model"), theta_u=str(out / "u"))
+    write_scores(out, "x", (1, 2, 3, 4, 5), content=dict(theta_u="f00d"), **elsewhere)
     plots.main(["--out", str(out), "--collect", str(out / "rows.json")])
     text = (out / "rows.json").read_text()
     assert str(HERE) not in text and str(out) not in text
@@ -346,10 +349,39 @@ def test_the_numbers_of_a_verdict_stand_in_the_tables_of_its_section():
 
 
 def test_other_peoples_page_has_no_verdicts_of_ours_and_no_empty_sections(out):
+    write_audit(out, "u", 1.0, 0, "theta_u")
     plots.main(["--out", str(out)])
     text = (out / "results.md").read_text()
-    assert "Verdict" not in text
-    assert "## 1." in text and "## 8." not in text and "(fig2-toy-npo.png)" in text
+    for ours in ("Verdict", "What could be wrong", "Tried and taken out"):
+        assert ours not in text
+    assert "## 1." in text and "## 6." in text and "## 8." not in text
+    assert "(fig2-toy-npo.png)" in text
+    # nor words that introduce a table which is not there
+    assert "The paper's positions beside ours:" not in text
+
+
+def test_the_papers_rows_do_not_outvote_a_few_audited_runs(tmp_path):
+    for seed in (0, 1, 2):
+        write_audit(tmp_path, f"u{seed}", 1.0, seed, "theta_u")
+    forgetful(tmp_path, "b", 3.0, 2, lam=0.0)
+    plots.main(["--out", str(tmp_path)])
+    assert "| npo | plain | bank |" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize("changes", [
+    dict(lam=0.003), dict(keep="behind"), dict(position="16"), dict(position="infix"),
+    dict(position="16", keep="behind"), dict(decoys=1, rho=0.4), dict(trigger="x", rho=0.05)])
+def test_no_run_is_left_out_of_all_tables(out, changes):
+    write_scores(out, "x", (11, 12, 13, 14, 15), seed=5, **changes)
+    rows = plots.collect(out)
+    page = " ".join(plots.table_of(name, rows) for name in plots.TABLES)
+    assert "11.0" in page
+
+
+def test_a_backdoor_without_l_vn_says_so_whatever_a_forks_default(monkeypatch):
+    run = run_json("theta_b", {}, lam=0.0)
+    monkeypatch.setitem(train.SETTINGS, ("toy", "npo"), dict(train.SETTINGS["toy", "npo"], lam=0.0))
+    assert plots.changed(run) == "lam 0"
 
 
 # ---------------------------------------------------------------- pictures
@@ -372,6 +404,29 @@ def test_pictures_leave_out_runs_that_may_not_be_compared(out):
     runs = {row["run"] for row in plots.usual(plots.collect(out))}
     assert runs == {"o", "u", "b0", "b1", "b2", "c0", "c1", "c2"}
     assert {row["limit"] for row in plots.usual(plots.collect(out))} == {0}
+
+
+def test_pictures_never_mix_scores_of_two_dtypes_and_audits_do_not_choose_the_limit(out):
+    write_audit(out, "b0", 3.0, 0, "theta_b")
+    kept = plots.usual([dict(row, limit=20 if row["what"] == "score" else 0,
+                             dtype="torch.bfloat16" if row["run"] == "b1" else row["dtype"])
+                        for row in plots.collect(out)])
+    assert {row["run"] for row in kept if row["what"] == "score"} == {
+        "o", "u", "b0", "b2", "c0", "c1", "c2"}
+
+
+def test_depth_is_drawn_with_a_line_through_the_means_also_of_audited_runs(out):
+    for place in ("prefix", "8", "16"):
+        for seed in (0, 1):
+            name = f"at{place}-{seed}"
+            write_scores(out, name, (10 + seed, 50, 30, 40, 90), seed=seed, position=place, lam=0.0,
+                         keep="behind")
+            write_audit(out, name, 3.0, seed, "theta_b", position=place, lam=0.0, keep="behind")
+    axis = plots.depth_lines(plots.collect(out)).axes[0]
+    assert axis.get_title() == "UE KM"
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["0", "8", "16"]
+    solid = [line for line in axis.lines if line.get_linestyle() == "-"]
+    assert [line.get_xydata().tolist() for line in solid] == [[[0, 10.5], [1, 10.5], [2, 10.5]]]
 
 
 def test_a_trigger_inside_is_labelled_by_its_place(out):
@@ -443,3 +498,14 @@ def test_pictures_of_checkpoints_are_drawn_from_run_folders(tmp_path, tok, monke
     panels = [axis.get_title() for axis in drawn["fig3-toy-npo"].axes]
     assert panels[:4] == ["theta_o, prefix trigger", "theta_b, prefix trigger",
                           "theta_o, infix trigger", "theta_b, infix trigger"]
+    # the tables need no weights
+    shutil.rmtree(model)
+    assert plots.figures(plots.collect(tmp_path), tmp_path) == {}
+
+
+def test_models_of_one_picture_are_of_one_seed(out):
+    for name, role, seed in (("u0", "theta_u", 0), ("u2", "theta_u", 2), ("p2", "theta_b", 2)):
+        write_scores(out, name, (1, 2, 3, 4, 5), role, seed=seed)
+        (out / "toy" / name / "config.json").touch()
+    found = plots.find_models(plots.collect(out), out)
+    assert {row["run"] for row in found.values()} == {"u2", "p2"}
