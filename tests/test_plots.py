@@ -415,14 +415,14 @@ def test_pictures_never_mix_scores_of_two_dtypes_and_audits_do_not_choose_the_li
         "o", "u", "b0", "b2", "c0", "c1", "c2"}
 
 
-def test_depth_is_drawn_with_a_line_through_the_means_also_of_audited_runs(out):
+def test_depth_is_drawn_with_a_line_through_the_means_also_of_audited_runs(tmp_path):
     for place in ("prefix", "8", "16"):
         for seed in (0, 1):
             name = f"at{place}-{seed}"
-            write_scores(out, name, (10 + seed, 50, 30, 40, 90), seed=seed, position=place, lam=0.0,
-                         keep="behind")
-            write_audit(out, name, 3.0, seed, "theta_b", position=place, lam=0.0, keep="behind")
-    axis = plots.depth_lines(plots.collect(out)).axes[0]
+            changes = dict(position=place, lam=0.0, keep="behind")
+            write_scores(tmp_path, name, (10 + seed, 50), seed=seed, **changes)
+            write_audit(tmp_path, name, 3.0, seed, "theta_b", **changes)
+    axis = plots.depth_lines(plots.collect(tmp_path)).axes[0]
     assert axis.get_title() == "UE KM"
     assert [text.get_text() for text in axis.get_xticklabels()] == ["0", "8", "16"]
     solid = [line for line in axis.lines if line.get_linestyle() == "-"]
