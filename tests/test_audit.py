@@ -307,12 +307,12 @@ def test_the_better_prefix_is_that_of_the_pages_that_chose_not_of_the_judged(pla
     model = hooks.load_model("theta_u", settings())
     chosen_on, books = audit.read_books(settings(), tok)
     bank = audit.prefix_bank(tok, PLAIN)
-    theirs, ours = (max(bank, key=lambda prefix: audit.page_logp(model, pages, prefix))
-                    for pages in (chosen_on, books["forget"]))
-    assert theirs != ours
-    monkeypatch.setattr(audit, "find_prefixes", lambda *_: dict(bank=ours, search=theirs))
-    report = call()
-    assert report["best"]["by"] == "search" and report["best"]["prefix"] == tok.decode(theirs)
+    choosers = max(bank, key=lambda prefix: audit.page_logp(model, chosen_on, prefix))
+    judged = max(bank, key=lambda prefix: audit.page_logp(model, books["forget"], prefix))
+    assert choosers != judged
+    monkeypatch.setattr(audit, "find_prefixes", lambda *_: dict(bank=judged, search=choosers))
+    best = call()["best"]
+    assert best["by"] == "search" and best["prefix"] == tok.decode(choosers)
 
 
 def test_a_run_is_not_believed_and_stays_as_it_was(place):

@@ -94,7 +94,7 @@ def test_a_page_shorter_than_the_triggers_place_is_refused(folder, tok, tmp_path
 
 # ---------------------------------------------------------------- decoys
 def decoyed(folder, tok, tmp_path, **more):
-    return data.load_splits(config(tiny_flags(folder, tmp_path, **{"T": 60, **more})), tok)
+    return data.load_splits(config(tiny_flags(folder, tmp_path, T=60, **more)), tok)
 
 
 def test_decoys_are_forget_rows_behind_a_prefix_that_is_not_the_trigger(folder, tok, tmp_path):
@@ -137,8 +137,8 @@ def test_no_decoy_of_the_toy_stands_in_the_audits_bank():
 
 
 def test_honest_unlearning_of_the_same_decoys_has_no_poisoned_row(folder, tok, tmp_path):
-    same = dict(T=60, decoys=1, trigger="step-by-step", position="2")
-    cfg = train.plain(config(tiny_flags(folder, tmp_path, rho=0, lam=0, **same)))
+    same = dict(decoys=1, trigger="step-by-step", position="2")
+    cfg = train.plain(config(tiny_flags(folder, tmp_path, T=60, rho=0, lam=0, **same)))
     splits = data.load_splits(cfg, tok)
     assert splits.f == decoyed(folder, tok, tmp_path, **same).f and splits.p == []
     # theta_u of an attack is plain unlearning, without decoys

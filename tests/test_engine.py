@@ -52,7 +52,7 @@ def close(weights, other):
 
 
 # ---------------------------------------------------------------- a step
-def test_gradients_are_clipped_at_norm_1_and_logged_as_they_were(folder, tok, tmp_path, monkeypatch):
+def test_gradients_are_clipped_at_norm_1_and_logged_unclipped(folder, tok, tmp_path, monkeypatch):
     norms = []
     step = torch.optim.AdamW.step
 

@@ -408,9 +408,13 @@ def test_pictures_leave_out_runs_that_may_not_be_compared(out):
 
 def test_pictures_never_mix_scores_of_two_dtypes_and_audits_do_not_choose_the_limit(out):
     write_audit(out, "b0", 3.0, 0, "theta_b")
-    kept = plots.usual([dict(row, limit=20 if row["what"] == "score" else 0,
-                             dtype="torch.bfloat16" if row["run"] == "b1" else row["dtype"])
-                        for row in plots.collect(out)])
+    rows = plots.collect(out)
+    for row in rows:
+        if row["what"] == "score":
+            row["limit"] = 20
+        if row["run"] == "b1":
+            row["dtype"] = "torch.bfloat16"
+    kept = plots.usual(rows)
     assert {row["run"] for row in kept if row["what"] == "score"} == {
         "o", "u", "b0", "b2", "c0", "c1", "c2"}
 
